@@ -1,0 +1,52 @@
+"""Argument checks shared by the ops: real and fake tensors alike, one sentence per mistake."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .call import FLOAT_DTYPES, dtype_name
+from .errors import ArgumentError
+
+
+def check_qkv(op: str, q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Check q: (B, Hq, Sq, D) against k and v: (B, Hkv, Sk, D).
+
+    Raises:
+        ArgumentError: on wrong rank, dtype, device, shapes, or a last dimension that is not contiguous.
+    """
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        if tensor.dim() != 4:
+            raise ArgumentError(op, name, "be 4-D, (batch, heads, tokens, head_dim)", tuple(tensor.shape))
+        if tensor.dtype not in FLOAT_DTYPES or tensor.dtype != q.dtype:
+            wanted = " or ".join(map(dtype_name, FLOAT_DTYPES))
+            raise ArgumentError(op, name, f"be {wanted}, the same for q, k and v", dtype_name(tensor.dtype))
+        if tensor.device != q.device:
+            raise ArgumentError(op, name, f"be on q's device {q.device}", tensor.device)
+        if tensor.stride(-1) != 1 and tensor.shape[-1] != 1:
+            raise ArgumentError(op, name, "have unit stride on head_dim", tensor.stride(), "Call .contiguous() first.")
+    if k.shape != v.shape:
+        raise ArgumentError(op, "v", f"have k's shape {tuple(k.shape)}", tuple(v.shape))
+    if k.shape[0] != q.shape[0] or k.shape[3] != q.shape[3]:
+        raise ArgumentError(op, "k", f"have q's batch and head_dim {q.shape[0], q.shape[3]}", tuple(k.shape))
+    if k.shape[1] == 0 or q.shape[1] % k.shape[1] != 0:
+        raise ArgumentError(op, "k", f"have a number of heads that divides q's {q.shape[1]}", k.shape[1])
+
+
+def check_choice(op: str, argument: str, value: str, choices: tuple[str, ...]) -> None:
+    """Raises ArgumentError unless `value` is one of `choices`."""
+    if value not in choices:
+        raise ArgumentError(op, argument, f"be one of {', '.join(choices)}", repr(value))
+
+
+def check_integers(op: str, argument: str, tensor: Tensor, device: torch.device) -> None:
+    """Raises ArgumentError unless `tensor` is int32 on `device`."""
+    if tensor.dtype != torch.int32:
+        raise ArgumentError(op, argument, "be int32", dtype_name(tensor.dtype), "Convert it with .to(torch.int32).")
+    if tensor.device != device:
+        raise ArgumentError(op, argument, f"be on q's device {device}", tensor.device)
+
+
+def default_scale(scale: float | None, head_dim: int) -> float:
+    """`scale`, or head_dim ** -0.5 if it is None."""
+    return head_dim**-0.5 if scale is None else scale

@@ -1,0 +1,1 @@
+"""CPU kernels, through torch's own CPU operators."""

@@ -1,0 +1,19 @@
+"""Memory layout of results: the output of attention follows the query's stride order, the lse is contiguous."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def like_query(out: Tensor, q: Tensor) -> Tensor:
+    """`out` in the layout of `torch.empty_like(q)`: itself if it has it already, else a copy. Both (B, H, S, D)."""
+    target = torch.empty_like(q)
+    if out.dtype == target.dtype and out.stride() == target.stride():
+        return out
+    return target.copy_(out)
+
+
+def empty_result(q: Tensor) -> tuple[Tensor, Tensor]:
+    """The result of attending to no key: out = 0 like q, lse = -inf, (B, H, S) fp32."""
+    return torch.zeros_like(q), q.new_full(q.shape[:-1], -torch.inf, dtype=torch.float32)

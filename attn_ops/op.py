@@ -1,0 +1,182 @@
+"""define_op: how every attention op becomes a `torch.ops.sparseattn.*` op.
+
+One call gives an op its schema, device kernels, fakes, autograd, autocast and refusals. Every op is
+`(q, k, v, ...) -> (out, lse)`: `out` like q, in q's stride order; `lse` fp32 (B, Hq, Sq), contiguous. Its backward, where
+it has one, is `(grad_out, grad_lse, out, lse, q, k, v, ...) -> (grad_q, grad_k, grad_v)`.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.autograd.forward_ad as forward_ad
+from torch import Tensor
+
+from .errors import GradientError
+
+NAMESPACE = "sparseattn"
+LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
+"""The registrations live as long as this object."""
+
+_DEVICE_KEYS = ("CPU", "CUDA")
+_AUTOCAST_DEVICES = ("cpu", "cuda")
+_TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
+_BELOW_AUTOGRAD = torch._C._after_autograd_keyset
+
+Kernel = Callable[..., Any]
+
+
+def define_op(
+    name: str, arguments: str, *, forward: Kernel, check: Kernel, backward: Kernel | None = None, refusal: str = ""
+) -> torch._ops.OpOverload:
+    """Register `torch.ops.sparseattn.<name>` and, with `backward`, `<name>_backward`.
+
+    Args:
+        name: name of the op.
+        arguments: its schema's arguments after `Tensor q, Tensor k, Tensor v`.
+        forward: computes (out, lse); its signature repeats the schema's names and defaults, because the dispatcher drops
+            arguments that equal them.
+        check: raises ArgumentError on wrong arguments; same signature; must work on fake tensors.
+        backward: computes the gradients from (grad_out, grad_lse or None, out, lse, *all forward arguments).
+        refusal: without `backward`, the sentence to raise when a gradient is needed.
+    """
+    arguments = f"Tensor q, Tensor k, Tensor v, {arguments}"
+    LIBRARY.define(f"{name}({arguments}) -> (Tensor out, Tensor lse)", tags=_TAGS)
+    op: torch._ops.OpOverload = getattr(getattr(torch.ops, NAMESPACE), name).default
+    for key in _DEVICE_KEYS:
+        LIBRARY.impl(name, forward, key)
+    torch.library.register_fake(f"{NAMESPACE}::{name}", _fake_forward(check), lib=LIBRARY)
+    gradient = None if backward is None else _define_backward(name, arguments, backward)
+    LIBRARY.impl(name, _autograd_kernel(op, gradient, refusal), "Autograd", with_keyset=True)
+    for device in _AUTOCAST_DEVICES:
+        LIBRARY.impl(name, _autocast_kernel(op, device), f"Autocast{device.upper()}", with_keyset=True)
+    return op
+
+
+def _define_backward(name: str, arguments: str, backward: Kernel) -> torch._ops.OpOverload:
+    name = f"{name}_backward"
+    plain = [argument.split("=")[0] for argument in arguments.split(", ") if argument != "*"]
+    given = ", ".join(["Tensor grad_out", "Tensor? grad_lse", "Tensor out", "Tensor lse", *plain])
+    LIBRARY.define(f"{name}({given}) -> (Tensor grad_q, Tensor grad_k, Tensor grad_v)", tags=_TAGS)
+    for key in _DEVICE_KEYS:
+        LIBRARY.impl(name, backward, key)
+    torch.library.register_fake(f"{NAMESPACE}::{name}", _fake_backward, lib=LIBRARY)
+    # Without a formula of its own, the gradient of the gradient would be silently wrong.
+    torch.library.register_autograd(f"{NAMESPACE}::{name}", _refuse_double_backward, lib=LIBRARY)
+    op: torch._ops.OpOverload = getattr(getattr(torch.ops, NAMESPACE), name).default
+    return op
+
+
+def _fake_forward(check: Kernel) -> Kernel:
+    def fake(q: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        check(q, *args, **kwargs)
+        return torch.empty_like(q), q.new_empty(q.shape[:-1], dtype=torch.float32)
+
+    return fake
+
+
+def _fake_backward(
+    _grad_out: Tensor, _grad_lse: Tensor | None, _out: Tensor, _lse: Tensor, q: Tensor, k: Tensor, v: Tensor, *_rest: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+
+
+def _refuse_double_backward(_ctx: Any, *_grads: Tensor) -> None:
+    raise GradientError("sparseattn: double backward is not supported. Use torch's own attention where it is needed.")
+
+
+def _autograd_kernel(op: torch._ops.OpOverload, gradient: torch._ops.OpOverload | None, refusal: str) -> Kernel:
+    """An own kernel for the Autograd key: a third of the overhead of `register_autograd`, measured."""
+    function = None if gradient is None else _autograd_function(op, gradient)
+    bind = _binder(op)
+
+    def kernel(keyset: torch._C.DispatchKeySet, q: Tensor, k: Tensor, v: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if forward_ad._current_level >= 0:
+            _refuse_tangents(op, q, k, v)
+        if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+            if function is None:
+                raise GradientError(refusal)
+            if torch._C._are_functorch_transforms_active():
+                raise GradientError(f"{op}: torch.func transforms cannot differentiate it. Use torch.autograd.")
+            return function.apply(keyset, *bind((q, k, v, *args), kwargs))
+        with torch._C._AutoDispatchBelowAutograd():
+            return op.redispatch(keyset & _BELOW_AUTOGRAD, q, k, v, *args, **kwargs)
+
+    return kernel
+
+
+def _autograd_function(op: torch._ops.OpOverload, gradient: torch._ops.OpOverload) -> type[torch.autograd.Function]:
+    positional = sum(not argument.kwarg_only for argument in op._schema.arguments)
+    keywords = [argument.name for argument in op._schema.arguments if argument.kwarg_only]
+
+    class Attention(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, keyset: torch._C.DispatchKeySet, *values: Any) -> tuple[Tensor, Tensor]:
+            ctx.set_materialize_grads(False)
+            kwargs = dict(zip(keywords, values[positional:], strict=True))
+            with torch._C._AutoDispatchBelowAutograd():
+                out, lse = op.redispatch(keyset & _BELOW_AUTOGRAD, *values[:positional], **kwargs)
+            ctx.is_tensor = [isinstance(value, Tensor) for value in values]
+            ctx.rest = [None if tensor else value for tensor, value in zip(ctx.is_tensor, values, strict=True)]
+            ctx.save_for_backward(out, lse, *(value for value in values if isinstance(value, Tensor)))
+            return out, lse
+
+        @staticmethod
+        def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
+            out, lse, *tensors = ctx.saved_tensors
+            saved = iter(tensors)
+            values = [next(saved) if tensor else rest for tensor, rest in zip(ctx.is_tensor, ctx.rest, strict=True)]
+            grad_out = torch.zeros_like(out) if grad_out is None else grad_out
+            grads = gradient(grad_out, grad_lse, out, lse, *values)
+            return (None, *grads, *(None for _ in values[3:]))
+
+    return Attention
+
+
+def _binder(op: torch._ops.OpOverload) -> Callable[[tuple[Any, ...], dict[str, Any]], list[Any]]:
+    """All arguments of a call in schema order, defaults filled in."""
+    arguments = op._schema.arguments
+    positional = [argument.default_value for argument in arguments if not argument.kwarg_only]
+    keywords = [(argument.name, argument.default_value) for argument in arguments if argument.kwarg_only]
+
+    def bind(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+        return [*args, *positional[len(args) :], *(kwargs.get(name, default) for name, default in keywords)]
+
+    return bind
+
+
+def _refuse_tangents(op: torch._ops.OpOverload, *tensors: Tensor) -> None:
+    """Forward-mode AD would silently give zero tangents."""
+    if any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):
+        raise GradientError(f"{op}: forward-mode AD is not supported. Use reverse mode, or torch's own attention.")
+
+
+def _autocast_kernel(op: torch._ops.OpOverload, device: str) -> Kernel:
+    """Cast q, k and v, and nothing else, to the autocast dtype."""
+    excluded = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, f"Autocast{device.upper()}"))
+
+    def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+        eligible = tensor.is_floating_point() and tensor.dtype is not torch.float64 and tensor.device.type == device
+        return tensor.to(dtype) if eligible else tensor
+
+    def kernel(_keyset: torch._C.DispatchKeySet, q: Tensor, k: Tensor, v: Tensor, *args: Any, **kwargs: Any) -> Any:
+        dtype = torch.get_autocast_dtype(device)
+        with torch._C._ExcludeDispatchKeyGuard(excluded):
+            return op(cast(q, dtype), cast(k, dtype), cast(v, dtype), *args, **kwargs)
+
+    return kernel
+
+
+def same_defaults(op: torch._ops.OpOverload, kernel: Kernel) -> list[str]:
+    """Names of the arguments whose default, or place, in `kernel` differs from the schema; empty if it repeats it."""
+    given = inspect.signature(kernel).parameters
+    wanted = {argument.name: argument for argument in op._schema.arguments}
+    differing = set(given) ^ set(wanted)
+    for name in set(given) & set(wanted):
+        default = wanted[name].default_value if wanted[name].has_default_value() else inspect.Parameter.empty
+        if given[name].default != default:
+            differing.add(name)
+    return sorted(differing)

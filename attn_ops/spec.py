@@ -1,0 +1,225 @@
+"""BackendSpec and Provider: what a backend offers and who computes it.
+
+Both answer "why not?" with a list of sentences, never with False. The common requirements are data (`Support`), so a
+backend states them once and every one of them gets the same sentence everywhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+
+from .call import FLOAT_DTYPES, AttentionCall, dtype_name
+from .capability import Capability, version_numbers
+from .errors import PolicyError, nearest
+
+Kernel = Callable[..., Any]
+WhyNot = Callable[[AttentionCall, Capability], list[str]]
+ParamValue = bool | int | float | str
+
+
+def no_reasons(_call: AttentionCall, _capability: Capability) -> list[str]:
+    """The `why_not` of something that has no requirement beyond its `Support`."""
+    return []
+
+
+@dataclass(frozen=True)
+class Support:
+    """The requirements that most backends and providers share, as data.
+
+    Args:
+        dtypes: dtypes of q, k and v.
+        head_dim: smallest and largest head_dim.
+        causal: takes `causal`.
+        window: takes a causal `window`.
+        cross: takes Sq != Sk.
+        causal_cross: takes `causal` with Sq != Sk (top-left).
+        grad: gradients flow through it.
+        devices: device types.
+        min_sm: least CUDA compute capability, or None.
+        package: import name of the package it needs, or None.
+        min_version: least version of that package.
+    """
+
+    dtypes: tuple[torch.dtype, ...] = FLOAT_DTYPES
+    head_dim: tuple[int, int] = (1, 256)
+    causal: bool = True
+    window: bool = False
+    cross: bool = True
+    causal_cross: bool = True
+    grad: bool = True
+    devices: tuple[str, ...] | None = None
+    min_sm: int | None = None
+    package: str | None = None
+    min_version: str | None = None
+
+    def why_not(self, call: AttentionCall, capability: Capability) -> list[str]:
+        """Every requirement that the call or the machine does not meet, one sentence each."""
+        return [*self._machine(capability), *self._call(call)]
+
+    def _machine(self, capability: Capability) -> list[str]:
+        reasons = []
+        if self.devices is not None and capability.device not in self.devices:
+            reasons.append(f"needs a {' or '.join(self.devices)} device, this is {capability.device}")
+        if self.min_sm is not None and capability.device == "cuda" and (capability.sm or 0) < self.min_sm:
+            reasons.append(f"needs sm{self.min_sm} or newer, this is {capability}")
+        if self.package is not None and not capability.has(self.package):
+            reasons.append(f"{self.package} is not installed")
+        elif self.package is not None and self.min_version is not None:
+            have = capability.version_of(self.package) or ()
+            if have < version_numbers(self.min_version):
+                reasons.append(f"needs {self.package} {self.min_version}, found {'.'.join(map(str, have))}")
+        return reasons
+
+    def _call(self, call: AttentionCall) -> list[str]:
+        low, high = self.head_dim
+        checks = (
+            (call.barrier is not None, f"{call.barrier}"),
+            (call.mask != "none", f"a {call.mask} mask is given and it takes none"),
+            (call.dropout != 0.0, f"dropout {call.dropout:g} and it has none"),
+            (call.dtype not in self.dtypes, f"dtype {dtype_name(call.dtype)}, not {' or '.join(self.dtype_names)}"),
+            (not low <= call.head_dim <= high, f"head_dim {call.head_dim}, not {low} to {high}"),
+            (call.value_dim not in (None, call.head_dim), f"value head_dim {call.value_dim} != {call.head_dim}"),
+            (call.heads % call.kv_heads != 0, f"{call.heads} query heads are not a multiple of {call.kv_heads}"),
+            (call.causal and not self.causal, "causal attention is not supported"),
+            (call.window is not None and not self.window, f"sliding window of {call.window} is not supported"),
+            (call.kind == "cross" and not self.cross, f"cross-attention: {call.seq_q} queries, {call.seq_k} keys"),
+            (
+                call.kind == "cross" and call.causal and self.cross and not self.causal_cross,
+                f"causal with {call.seq_q} queries and {call.seq_k} keys (it aligns them bottom-right)",
+            ),
+            (call.needs_grad and not self.grad, "a gradient is needed and it has none"),
+        )
+        return [sentence for wrong, sentence in checks if wrong]
+
+    @property
+    def dtype_names(self) -> list[str]:
+        """Names of the dtypes, for messages."""
+        return [dtype_name(dtype) for dtype in self.dtypes]
+
+
+@dataclass(frozen=True)
+class Param:
+    """One typed parameter of a backend, with its range. Its name and default are those of the op's schema."""
+
+    name: str
+    default: ParamValue
+    doc: str
+    low: float | None = None
+    high: float | None = None
+    choices: tuple[ParamValue, ...] = ()
+
+    def check(self, value: object, where: str) -> ParamValue:
+        """The value, converted to the parameter's type.
+
+        Raises:
+            PolicyError: if it has another type or is out of range; the message says where.
+        """
+        expected = type(self.default)
+        if expected is float and type(value) is int:
+            value = float(value)
+        if type(value) is not expected:
+            raise PolicyError(f"{where}: {self.name} must be {expected.__name__}, got {value!r}. {self.doc}")
+        checked: ParamValue = value  # type: ignore[assignment]  # type(value) is that of `default`
+        if self.choices and checked not in self.choices:
+            raise PolicyError(f"{where}: {self.name} must be one of {self.choices}, got {value!r}.")
+        below = self.low is not None and not isinstance(checked, str) and checked < self.low
+        above = self.high is not None and not isinstance(checked, str) and checked > self.high
+        if below or above:
+            raise PolicyError(f"{where}: {self.name} must be in [{self.low}, {self.high}], got {value!r}. {self.doc}")
+        return checked
+
+
+@dataclass(frozen=True)
+class Provider:
+    """Who computes an op.
+
+    Args:
+        name: its name in the node, the policy and the report, e.g. "triton".
+        summary: one line for `sparseattn backends`.
+        load: imports what it needs and returns the forward kernel, called as the op without `provider`.
+        load_backward: likewise the backward kernel, or None if it has none.
+        support: its requirements.
+        why_not: further requirements.
+        install: the command that brings its package, or "".
+    """
+
+    name: str
+    summary: str
+    load: Callable[[], Kernel]
+    load_backward: Callable[[], Kernel] | None = None
+    support: Support = field(default_factory=Support)
+    why_not: WhyNot = no_reasons
+    install: str = ""
+
+    def reasons(self, call: AttentionCall, capability: Capability) -> list[str]:
+        """Why this provider cannot serve the call on the machine; empty if it can."""
+        reasons = [*self.support.why_not(call, capability), *self.why_not(call, capability)]
+        if call.needs_grad and self.support.grad and self.load_backward is None:
+            reasons.append("a gradient is needed and it has no backward kernel")
+        if self.install and self.support.package and not capability.has(self.support.package):
+            reasons = [f"{r} ({self.install})" if r.endswith("is not installed") else r for r in reasons]
+        return reasons
+
+
+@dataclass(frozen=True)
+class BackendSpec:
+    """What a backend offers. One object per file of `attn_ops/backends`, named BACKEND.
+
+    Args:
+        name: its name in policies and reports, e.g. "sage".
+        op: name of its op in `torch.ops.sparseattn`, called as `op(q, k, v, *, causal, scale, provider, **params)`.
+        kind: "exact", "quantized" or "sparse".
+        summary: one line for `sparseattn backends`.
+        paper: where the method is defined, or "".
+        providers: who can compute it, best first. The last is the reference.
+        params: what a rule may set.
+        support: requirements whoever computes it.
+        why_not: further requirements.
+        break_even: why it would not pay here, or None; asked only of rules with `only_if_faster`.
+        tolerance: relative L2 error to dense attention by dtype name (exact) or as a typical value (others).
+        selectable: a policy may choose it (False for ops that need an argument no graph has, such as a block map).
+    """
+
+    name: str
+    op: str
+    kind: Literal["exact", "quantized", "sparse"]
+    summary: str
+    providers: tuple[Provider, ...]
+    paper: str = ""
+    params: tuple[Param, ...] = ()
+    support: Support = field(default_factory=Support)
+    why_not: WhyNot = no_reasons
+    break_even: Callable[[AttentionCall, Capability], str | None] | None = None
+    tolerance: Mapping[str, float] = field(default_factory=dict)
+    selectable: bool = True
+
+    def reasons(self, call: AttentionCall, capability: Capability) -> list[str]:
+        """Why this backend cannot serve the call, whoever computes it; empty if it can."""
+        return [*self.support.why_not(call, capability), *self.why_not(call, capability)]
+
+    def provider(self, name: str) -> Provider:
+        """The provider of that name.
+
+        Raises:
+            PolicyError: if there is none; the message names the nearest.
+        """
+        for provider in self.providers:
+            if provider.name == name:
+                return provider
+        raise PolicyError(f"{self.name}: unknown provider {name!r}. {nearest(name, [p.name for p in self.providers])}")
+
+    def check_params(self, params: Mapping[str, object], where: str) -> dict[str, ParamValue]:
+        """The parameters, converted and checked against their ranges.
+
+        Raises:
+            PolicyError: on an unknown name, a wrong type or a value out of range.
+        """
+        known = {param.name: param for param in self.params}
+        for name in params:
+            if name not in known:
+                raise PolicyError(f"{where}: {self.name} has no parameter {name!r}. {nearest(name, known)}")
+        return {name: known[name].check(value, where) for name, value in params.items()}
