@@ -5,4 +5,49 @@
 Importing this package registers `torch.ops.sparseattn.*` and changes nothing else.
 """
 
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from sparseattn.attn_ops import backends as _backends  # noqa: F401  (registers the ops)
+from sparseattn.attn_ops import ops
+from sparseattn.attn_ops.block_index import BlockIndex
+from sparseattn.attn_ops.capability import Capability
+from sparseattn.attn_ops.registry import backends, register
+from sparseattn.lowering.policy import Policy, Rule
+from sparseattn.lowering.precedence import use_policy
+
+if TYPE_CHECKING:
+    from sparseattn.fx_passes.explain import explain
+    from sparseattn.fx_passes.publish import last_report
+    from sparseattn.fx_passes.report import Report
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BlockIndex",
+    "Capability",
+    "Policy",
+    "Report",
+    "Rule",
+    "backends",
+    "explain",
+    "last_report",
+    "ops",
+    "register",
+    "use_policy",
+]
+
+# These bring Dynamo with them, so they are imported when first used.
+_LAZY = {
+    "Report": "sparseattn.fx_passes.report",
+    "explain": "sparseattn.fx_passes.explain",
+    "last_report": "sparseattn.fx_passes.publish",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(importlib.import_module(_LAZY[name]), name)
+    raise AttributeError(f"module 'sparseattn' has no attribute {name!r}")

@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
+from torch import device as Device  # noqa: N812  (the field `torch` hides the module in the class)
 
 from .errors import ArgumentError
 
@@ -70,10 +71,10 @@ class Capability:
         raise ArgumentError("Capability.of", "name", 'be "cpu", "cpu-avx2", "cpu-avx512" or a GPU such as "sm90"', name)
 
     @classmethod
-    def current(cls, device: torch.device | str = "cpu") -> Capability:
+    def current(cls, device: Device | str = "cpu") -> Capability:
         """Describe this machine as seen from a device. Cached per device."""
-        device = torch.device(device)
-        return _read(device.type, device.index)
+        place = Device(device)
+        return _read(place.type, place.index)
 
     def has(self, package: str) -> bool:
         """Whether an optional package is present, by its import name."""

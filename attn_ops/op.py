@@ -1,8 +1,8 @@
 """define_op: how every attention op becomes a `torch.ops.sparseattn.*` op.
 
 One call gives an op its schema, device kernels, fakes, autograd, autocast and refusals. Every op is
-`(q, k, v, ...) -> (out, lse)`: `out` like q, in q's stride order; `lse` fp32 (B, Hq, Sq), contiguous. Its backward, where
-it has one, is `(grad_out, grad_lse, out, lse, q, k, v, ...) -> (grad_q, grad_k, grad_v)`.
+`(q, k, v, ...) -> (out, lse)`: `out` like q, in q's stride order; `lse` fp32 (B, Hq, Sq), contiguous. Its backward,
+where it has one, is `(grad_out, grad_lse, out, lse, q, k, v, ...) -> (grad_q, grad_k, grad_v)`.
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ def define_op(
     Args:
         name: name of the op.
         arguments: its schema's arguments after `Tensor q, Tensor k, Tensor v`.
-        forward: computes (out, lse); its signature repeats the schema's names and defaults, because the dispatcher drops
+        forward: computes (out, lse); its signature repeats the schema's names and defaults, because the dispatcher
+        drops
             arguments that equal them.
         check: raises ArgumentError on wrong arguments; same signature; must work on fake tensors.
         backward: computes the gradients from (grad_out, grad_lse or None, out, lse, *all forward arguments).
@@ -79,7 +80,14 @@ def _fake_forward(check: Kernel) -> Kernel:
 
 
 def _fake_backward(
-    _grad_out: Tensor, _grad_lse: Tensor | None, _out: Tensor, _lse: Tensor, q: Tensor, k: Tensor, v: Tensor, *_rest: Any
+    _grad_out: Tensor,
+    _grad_lse: Tensor | None,
+    _out: Tensor,
+    _lse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *_rest: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
 

@@ -61,17 +61,21 @@ def register_package(package: ModuleType) -> None:
 
 
 def _discover() -> None:
-    """Read the entry points once. A third party's that fails is logged and left out: it must not break the others."""
+    """Read the entry points once. One that fails is logged and left out: it must not break the others."""
     global _discovered
     if _discovered:
         return
     _discovered = True
     for entry in importlib.metadata.entry_points(group=ENTRY_POINTS):
-        try:
-            loaded = entry.load()
-            if isinstance(loaded, ModuleType):
-                register_package(loaded)
-            else:
-                register(loaded)
-        except Exception:
-            _log.exception("entry point %r of group %s could not be loaded; left out", entry.value, ENTRY_POINTS)
+        _load(entry)
+
+
+def _load(entry: importlib.metadata.EntryPoint) -> None:
+    try:
+        loaded = entry.load()
+        if isinstance(loaded, ModuleType):
+            register_package(loaded)
+        else:
+            register(loaded)
+    except Exception:
+        _log.exception("entry point %r of group %s could not be loaded; left out", entry.value, ENTRY_POINTS)

@@ -79,7 +79,7 @@ def _choose(
         return chosen.load()
     if chosen.load_backward is None:
         raise GradientError(
-            f'{spec.op}: provider "{chosen.name}" has no backward kernel. Use provider="auto" where gradients are needed.'
+            f'{spec.op}: provider "{chosen.name}" has no backward kernel. Use provider="auto" to train.'
         )
     return chosen.load_backward()
 

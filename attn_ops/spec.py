@@ -123,7 +123,7 @@ class Param:
             value = float(value)
         if type(value) is not expected:
             raise PolicyError(f"{where}: {self.name} must be {expected.__name__}, got {value!r}. {self.doc}")
-        checked: ParamValue = value  # type: ignore[assignment]  # type(value) is that of `default`
+        checked: ParamValue = value
         if self.choices and checked not in self.choices:
             raise PolicyError(f"{where}: {self.name} must be one of {self.choices}, got {value!r}.")
         below = self.low is not None and not isinstance(checked, str) and checked < self.low

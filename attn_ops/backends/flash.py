@@ -14,6 +14,7 @@ from ..errors import ArgumentError
 from ..op import define_op
 from ..resolve import AUTO, backward_kernel, forward_kernel
 from ..spec import BackendSpec, Kernel, Provider, Support
+from ..vendors import flash_attn
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -138,28 +139,6 @@ def _why_not_fused(call: AttentionCall, capability: Capability) -> list[str]:
     return []
 
 
-def _load_flash_attn() -> Kernel:
-    from flash_attn import flash_attn_func
-
-    def kernel(
-        q: Tensor, k: Tensor, v: Tensor, *, causal: bool, window: int | None, scale: float
-    ) -> tuple[Tensor, Tensor]:
-        from ..layout import like_query
-
-        out, lse, _ = flash_attn_func(
-            q.transpose(1, 2),
-            k.transpose(1, 2),
-            v.transpose(1, 2),
-            softmax_scale=scale,
-            causal=causal,
-            window_size=(-1, -1) if window is None else (window - 1, 0),
-            return_attn_probs=True,
-        )
-        return like_query(out.transpose(1, 2), q), lse
-
-    return kernel
-
-
 def _reference(name: str) -> Callable[[], Kernel]:
     def load() -> Kernel:
         from ..reference import flash
@@ -195,22 +174,7 @@ BACKEND = BackendSpec(
             support=Support(window=True, devices=("cpu", "cuda")),
             why_not=_why_not_fused,
         ),
-        Provider(
-            "flash_attn",
-            "FlashAttention 2, the package flash-attn",
-            load=_load_flash_attn,
-            support=Support(
-                dtypes=HALVES,
-                window=True,
-                causal_cross=False,
-                grad=False,
-                devices=("cuda",),
-                min_sm=80,
-                package="flash_attn",
-                min_version="2.7",
-            ),
-            install="pip install flash-attn --no-build-isolation",
-        ),
+        flash_attn.PROVIDER,
         Provider(
             "reference",
             "plain PyTorch, the definition",

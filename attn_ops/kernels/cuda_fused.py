@@ -1,6 +1,6 @@
-"""Dense attention on CUDA through torch's own fused operators: FlashAttention 2 for halves, memory-efficient for the rest.
+"""Dense attention on CUDA through torch's own fused operators: FlashAttention 2 and memory-efficient.
 
-FlashAttention aligns a causal edge bottom-right and takes no fp32, so causal cross-attention and fp32 use the
+FlashAttention aligns a causal edge bottom-right and takes no fp32: causal cross-attention and fp32 use the
 memory-efficient operator, which aligns top-left.
 """
 

@@ -1,8 +1,8 @@
 """Attention over the keys that a mask allows: the definition that every exact and sparse method reduces to.
 
-    s = scale * q @ k.T        where allowed, else -inf
-    lse = logsumexp(s)         natural logarithm; -inf for a row with no key
-    out = exp(s - lse) @ v     0 for a row with no key
+s = scale * q @ k.T        where allowed, else -inf
+lse = logsumexp(s)         natural logarithm; -inf for a row with no key
+out = exp(s - lse) @ v     0 for a row with no key
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from ..heads import per_kv_head, per_query_head
 def token_mask(
     seq_q: int, seq_k: int, *, causal: bool = False, window: int | None = None, device: torch.device | None = None
 ) -> Tensor:
-    """(Sq, Sk) bool, True where query i may see key j: j <= i if causal (top-left), and j > i - window with a window."""
+    """(Sq, Sk) bool: query i sees key j if j <= i (causal, top-left) and j > i - window (with a window)."""
     i = torch.arange(seq_q, device=device)[:, None]
     j = torch.arange(seq_k, device=device)[None, :]
     allowed = torch.ones(seq_q, seq_k, dtype=torch.bool, device=device)

@@ -1,4 +1,4 @@
-"""The tiny video diffusion transformer: diffusers' Wan architecture, three million parameters, pixels in and pixels out.
+"""The tiny video diffusion transformer: diffusers' Wan architecture, three million parameters, pixels to pixels.
 
 One token is a 4 x 4 patch of one frame, so a clip of T frames has 256 T tokens: 4 frames are 1,024 and 16 frames 4,096.
 """

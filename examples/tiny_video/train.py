@@ -2,8 +2,8 @@
 
     python examples/tiny_video/train.py
 
-About two hours on two CPU cores. Interrupt it and start it again: it goes on from its last state. The checkpoint and the
-log (one row per 50 steps) are written beside this file.
+About two hours on two CPU cores. Interrupt it and start it again: it goes on from its last state. The checkpoint and
+the log (one row per 50 steps) are written beside this file.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import argparse
 import csv
 import time
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -101,7 +100,14 @@ def _resume(model: torch.nn.Module, average: AveragedModel, optimizer: torch.opt
     model.load_state_dict(state["model"])
     average.load_state_dict(state["average"])
     optimizer.load_state_dict(state["optimizer"])
+    _forget_rows_after(state["step"])
     return state["step"], state["seconds"]
+
+
+def _forget_rows_after(step: int) -> None:
+    """Rows that an interrupted run logged after its last state will be logged again."""
+    head, *rows = LOG.read_text().splitlines(keepends=True)
+    LOG.write_text("".join([head, *(row for row in rows if int(row.split(",")[0]) <= step)]))
 
 
 def _save(

@@ -1,0 +1,31 @@
+# Two commands: `make demo` and `make test`. Both set up a virtual environment in .venv first.
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+
+.PHONY: demo test lint train clean
+
+demo: $(VENV)/.ready
+	$(RUN) examples/tiny_video/demo.py
+
+test: $(VENV)/.ready
+	$(RUN) -m pytest -n 2
+
+lint: $(VENV)/.ready
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+	$(VENV)/bin/lint-imports
+
+train: $(VENV)/.ready
+	$(RUN) examples/tiny_video/train.py
+
+# torch is pinned and installed first: a range would bring the newest build with its CUDA packages.
+$(VENV)/.ready: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet --disable-pip-version-check torch==2.13.0
+	$(RUN) -m pip install --quiet --disable-pip-version-check --editable ".[dev]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info demo_out

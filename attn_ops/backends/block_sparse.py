@@ -1,0 +1,221 @@
+"""block_sparse: attention of every block of queries to a list of key blocks. Sparse methods reduce to it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import Tensor, ops
+
+from ..block_index import check_block_lists
+from ..checks import check_integers, check_qkv, default_scale
+from ..errors import ArgumentError
+from ..op import define_op
+from ..resolve import AUTO, backward_kernel, forward_kernel
+from ..spec import BackendSpec, Kernel, Provider, Support
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+NAME, OP = "block_sparse", "block_sparse_attention"
+
+
+def block_sparse_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    block_index: Tensor,
+    block_count: Tensor,
+    key_sizes: Tensor | None = None,
+    *,
+    block_q: int,
+    block_k: int,
+    causal: bool = False,
+    scale: float | None = None,
+    provider: str = AUTO,
+) -> tuple[Tensor, Tensor]:
+    """Softmax attention in which block i of queries sees the key blocks block_index[..., i, :block_count[..., i]] only.
+
+    Block i of queries holds tokens i * block_q ... (i + 1) * block_q - 1, block j of keys tokens j * block_k ...; the
+    last block of either may be short, nq = ceil(Sq / block_q), nk = ceil(Sk / block_k). `BlockIndex` builds such
+    lists from a mask. Their contents are trusted: reading them to check would wait for the device.
+
+    Args:
+        q: (B, Hq, Sq, D) fp32, fp16 or bf16; any strides with unit stride on D.
+        k: (B, Hkv, Sk, D), Hq a multiple of Hkv; query head h reads head h // (Hq / Hkv).
+        v: (B, Hkv, Sk, D).
+        block_index: (B or 1, Hq or 1, nq, width) int32, numbers in 0 ... nk - 1, ascending and unique up to the count;
+            what follows is ignored.
+        block_count: (B or 1, Hq or 1, nq) int32, at most width; 0 for a block of queries that sees nothing.
+        key_sizes: (nk,) int32, valid tokens of every key block, its first ones; None means all.
+        block_q: tokens per block of queries, at least 1.
+        block_k: tokens per block of keys, at least 1.
+        causal: of the listed keys, query i sees 0 ... i, token by token, aligned top-left.
+        scale: factor on the scores; None means D ** -0.5.
+        provider: "triton", "cpu", "reference", or "auto" for the first of these that can serve the call.
+
+    Returns:
+        out: (B, Hq, Sq, D), q's dtype and stride order. A row that sees no key is 0.
+        lse: (B, Hq, Sq) fp32, natural logarithm of the softmax denominator; -inf for a row that sees no key.
+
+    Raises:
+        ArgumentError: on wrong shapes, dtypes or strides.
+        UnsupportedError: if no provider can serve the call; the message lists the reasons.
+
+    Differentiable in q, k and v through out and lse; double backward and forward mode are refused.
+    """
+    result: tuple[Tensor, Tensor] = ops.sparseattn.block_sparse_attention(
+        *(q, k, v, block_index, block_count, key_sizes),
+        block_q=block_q,
+        block_k=block_k,
+        causal=causal,
+        scale=scale,
+        provider=provider,
+    )
+    return result
+
+
+def _check(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    block_index: Tensor,
+    block_count: Tensor,
+    key_sizes: Tensor | None = None,
+    *,
+    block_q: int,
+    block_k: int,
+    causal: bool = False,  # noqa: ARG001  (one signature for the op's kernels)
+    scale: float | None = None,  # noqa: ARG001
+    provider: str = AUTO,  # noqa: ARG001
+) -> None:
+    check_qkv(OP, q, k, v)
+    for name, block in (("block_q", block_q), ("block_k", block_k)):
+        if block < 1:
+            raise ArgumentError(OP, name, "be at least 1", block)
+    for name, tensor in (("block_index", block_index), ("block_count", block_count), ("key_sizes", key_sizes)):
+        if tensor is not None:
+            check_integers(OP, name, tensor, q.device)
+    blocks = -(-q.shape[2] // block_q), -(-k.shape[2] // block_k)
+    check_block_lists(OP, block_index, block_count, key_sizes, blocks)
+    for dim, what in enumerate(("batch", "heads")):
+        if block_index.shape[dim] not in (1, q.shape[dim]):
+            raise ArgumentError(OP, "block_index", f"have {what} 1 or q's {q.shape[dim]}", tuple(block_index.shape))
+
+
+def _forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    block_index: Tensor,
+    block_count: Tensor,
+    key_sizes: Tensor | None = None,
+    *,
+    block_q: int,
+    block_k: int,
+    causal: bool = False,
+    scale: float | None = None,
+    provider: str = AUTO,
+) -> tuple[Tensor, Tensor]:
+    lists = block_index, block_count, key_sizes
+    _check(q, k, v, *lists, block_q=block_q, block_k=block_k)
+    scale = default_scale(scale, q.shape[-1])
+    kernel = forward_kernel(NAME, provider, q, k, causal=causal)
+    result: tuple[Tensor, Tensor] = kernel(
+        q, k, v, *lists, block_q=block_q, block_k=block_k, causal=causal, scale=scale
+    )
+    return result
+
+
+def _backward(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    block_index: Tensor,
+    block_count: Tensor,
+    key_sizes: Tensor | None,
+    block_q: int,
+    block_k: int,
+    causal: bool,
+    scale: float | None,
+    provider: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    kernel = backward_kernel(NAME, provider, q, k, causal=causal)
+    grads: tuple[Tensor, Tensor, Tensor] = kernel(
+        *(grad_out, grad_lse, out, lse, q, k, v, block_index, block_count, key_sizes),
+        block_q=block_q,
+        block_k=block_k,
+        causal=causal,
+        scale=default_scale(scale, q.shape[-1]),
+    )
+    return grads
+
+
+def _triton() -> Kernel:
+    from ..kernels.triton import block_sparse
+
+    kernel: Kernel = block_sparse.attention
+    return kernel
+
+
+def _cpu(name: str) -> Callable[[], Kernel]:
+    def load() -> Kernel:
+        from ..kernels.cpu import block_sparse
+
+        kernel: Kernel = getattr(block_sparse, name)
+        return kernel
+
+    return load
+
+
+def _reference(name: str) -> Callable[[], Kernel]:
+    def load() -> Kernel:
+        from ..reference import block_sparse
+
+        kernel: Kernel = getattr(block_sparse, name)
+        return kernel
+
+    return load
+
+
+define_op(
+    OP,
+    "Tensor block_index, Tensor block_count, Tensor? key_sizes=None, *, int block_q, int block_k, bool causal=False, "
+    "float? scale=None, str provider='auto'",
+    forward=_forward,
+    backward=_backward,
+    check=_check,
+)
+
+BACKEND = BackendSpec(
+    name=NAME,
+    op=OP,
+    kind="sparse",
+    summary="attention to listed key blocks; what other sparse methods reduce to",
+    selectable=False,
+    tolerance={"float32": 1e-5, "bfloat16": 1e-2, "float16": 2e-3},
+    providers=(
+        Provider(
+            "triton",
+            "pointer kernel for sm_80 and newer",
+            load=_triton,
+            support=Support(grad=False, devices=("cuda",), min_sm=80, package="triton", min_version="3.6"),
+        ),
+        Provider(
+            "cpu",
+            "gathered blocks through PyTorch's CPU flash kernel",
+            load=_cpu("attention"),
+            load_backward=_cpu("attention_backward"),
+            support=Support(devices=("cpu",)),
+        ),
+        Provider(
+            "reference",
+            "plain PyTorch, the definition",
+            load=_reference("block_sparse_attention"),
+            load_backward=_reference("block_sparse_attention_backward"),
+        ),
+    ),
+)

@@ -1,0 +1,65 @@
+"""Block means and exact top-k: the building blocks of every method that chooses key blocks by a score.
+
+Both are deterministic and wait for no device. Ties go to the lower index, so that every implementation agrees.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .block_index import lists_of
+from .errors import ArgumentError
+
+
+def block_mean(x: Tensor, block: int) -> Tensor:
+    """Mean of every block of tokens, (B, H, S, D) to (B, H, ceil(S / block), D) fp32.
+
+    A short last block is divided by the tokens it has.
+
+    Raises:
+        ArgumentError: if block is not at least 1.
+    """
+    if block < 1:
+        raise ArgumentError("block_mean", "block", "be at least 1", block)
+    whole = x.shape[2] // block * block
+    blocks = x[:, :, :whole].reshape(*x.shape[:2], whole // block, block, x.shape[3])
+    means = blocks.mean(dim=3, dtype=torch.float32)
+    if whole == x.shape[2]:
+        return means
+    return torch.cat([means, x[:, :, whole:].mean(dim=2, keepdim=True, dtype=torch.float32)], dim=2)
+
+
+def top_k_blocks(scores: Tensor, keep: int | Tensor, allowed: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The `keep` blocks of the highest score in every row, exactly: score descending, then index ascending.
+
+    Args:
+        scores: (..., n) floating point. NaN ranks highest, so that it reaches the output instead of vanishing.
+        keep: blocks to keep per row, at least 1: a number, or a tensor broadcastable to (...).
+        allowed: bool, broadcastable to scores: the candidates. A row with fewer of them than `keep` keeps them all.
+
+    Returns:
+        index: (..., n) int32, kept blocks in ascending order, 0 after the count.
+        count: (...) int32.
+
+    Raises:
+        ArgumentError: if `keep` is a number below 1.
+    """
+    if isinstance(keep, int) and keep < 1:
+        raise ArgumentError("top_k_blocks", "keep", "be at least 1", keep)
+    n = scores.shape[-1]
+    scores = scores.masked_fill(scores.isnan(), torch.inf)
+    if allowed is not None:
+        scores = scores.masked_fill(~allowed, -torch.inf)
+    if isinstance(keep, int):
+        wanted = torch.full((), min(keep, n), device=scores.device)
+        last = scores.topk(min(keep, n), dim=-1).values[..., -1:]
+    else:
+        wanted = keep.clamp(1, n).expand(scores.shape[:-1]).unsqueeze(-1).long()
+        last = scores.sort(dim=-1, descending=True).values.gather(-1, wanted - 1)
+    above = scores > last
+    ties = scores == last
+    if allowed is not None:
+        ties &= allowed
+    kept = above | (ties & (ties.cumsum(dim=-1) <= wanted - above.sum(dim=-1, keepdim=True)))
+    return lists_of(kept)

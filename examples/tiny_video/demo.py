@@ -1,0 +1,166 @@
+"""Generate one clip dense and under three policies, and compare: report, times, PSNR, and a contact sheet of frames.
+
+    python examples/tiny_video/demo.py
+
+The same noise and caption go through the same weights, compiled by Inductor (dense) and with backend="sparseattn". The
+runs take turns step by step, so that a busy machine disturbs all of them alike.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+from PIL import Image, ImageDraw
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+import sparseattn
+
+from model import NOISE_SHIFT, TOKENS_PER_FRAME, initial_noise, load_model, parameter_count
+from shapes import sample_captions
+
+DENSE = "dense"
+POLICIES = ("exact", "auto", "fast")
+_SHEET_FRAMES, _ZOOM, _MARGIN = 8, 2, 60
+
+
+@dataclass
+class Run:
+    """One way to run the model, and the state of its clip."""
+
+    name: str
+    model: Callable[..., tuple[Tensor]]
+    clip: Tensor
+    scheduler: FlowMatchEulerDiscreteScheduler
+    seconds: list[float] = field(default_factory=list)
+    attention_ms: float = math.nan
+
+    def predict(self, time_step: Tensor, caption: Tensor) -> Tensor:
+        """The velocity at one step."""
+        return self.model(self.clip, timestep=time_step[None], encoder_hidden_states=caption, return_dict=False)[0]
+
+    def step(self, time_step: Tensor, caption: Tensor) -> None:
+        """One denoising step, timed."""
+        start = time.perf_counter()
+        velocity = self.predict(time_step, caption)
+        self.seconds.append(time.perf_counter() - start)
+        self.clip = self.scheduler.step(velocity, time_step, self.clip).prev_sample
+
+
+def compile_runs(frames: int, steps: int, seed: int, caption: Tensor) -> list[Run]:
+    """The dense run and one per policy, each compiled and warmed up; prints the report of the last policy."""
+    weights = load_model()
+    tokens = frames * TOKENS_PER_FRAME
+    print(f"{parameter_count(weights) / 1e6:.1f} million parameters, {frames} frames, {tokens} tokens, {steps} steps\n")
+    runs = []
+    for name in (DENSE, *POLICIES):
+        start = time.perf_counter()
+        torch._dynamo.reset()
+        if name == DENSE:
+            model = torch.compile(weights)
+        else:
+            model = torch.compile(weights, backend="sparseattn", options={"policy": name})
+        scheduler = FlowMatchEulerDiscreteScheduler(shift=NOISE_SHIFT)
+        scheduler.set_timesteps(steps)
+        run = Run(name, model, initial_noise(1, frames, seed), scheduler)
+        run.predict(scheduler.timesteps[0], caption)
+        print(f"compiled {name} in {time.perf_counter() - start:.0f} s", flush=True)
+        run.attention_ms = attention_time(lambda run=run: run.predict(run.scheduler.timesteps[0], caption))
+        if name != DENSE:
+            print(f"{sparseattn.last_report()}\n", flush=True)
+        runs.append(run)
+    return runs
+
+
+def attention_time(forward: Callable[[], object], repeats: int = 3) -> float:
+    """Milliseconds that attention ops take in one forward, selection and layout included (median)."""
+    totals = []
+    for _ in range(repeats):
+        with profile(activities=[ProfilerActivity.CPU]) as trace:
+            forward()
+        outermost = [
+            e for e in trace.events() if is_attention(e.name) and not (e.cpu_parent and is_nested(e.cpu_parent))
+        ]
+        totals.append(sum(event.cpu_time_total for event in outermost) / 1e3)
+    return statistics.median(totals)
+
+
+def is_attention(name: str) -> bool:
+    """Whether a profiler event is an attention op, ours or torch's."""
+    return name.startswith("sparseattn::") or "scaled_dot_product" in name
+
+
+def is_nested(event: object) -> bool:
+    """Whether an event is, or lies in, an attention op."""
+    while event is not None:
+        if is_attention(event.name):
+            return True
+        event = event.cpu_parent
+    return False
+
+
+def psnr(clip: Tensor, reference: Tensor) -> float:
+    """Peak signal-to-noise ratio in dB; both in [-1, 1]."""
+    error = (clip.clamp(-1, 1) - reference.clamp(-1, 1)).square().mean().item()
+    return math.inf if error == 0 else 10 * math.log10(4 / error)
+
+
+def contact_sheet(runs: list[Run]) -> Image.Image:
+    """Frames of every run, one row each, dense above."""
+    rows = []
+    for run in runs:
+        frames = run.clip[0].clamp(-1, 1).add(1).mul(127.5).byte()
+        chosen = frames[:, torch.linspace(0, frames.shape[1] - 1, _SHEET_FRAMES).long()]
+        tile = torch.nn.functional.pad(chosen, (1, 1, 1, 1), value=60)
+        rows.append(tile.permute(2, 1, 3, 0).flatten(1, 2))
+    picture = torch.cat(rows).repeat_interleave(_ZOOM, dim=0).repeat_interleave(_ZOOM, dim=1)
+    sheet = Image.new("RGB", (picture.shape[1] + _MARGIN, picture.shape[0]), "white")
+    sheet.paste(Image.fromarray(picture.numpy()), (_MARGIN, 0))
+    for row, run in enumerate(runs):
+        ImageDraw.Draw(sheet).text((8, (row + 0.5) * picture.shape[0] / len(runs) - 6), run.name, fill="black")
+    return sheet
+
+
+def print_times(runs: list[Run]) -> None:
+    """Seconds, ratios to dense, and PSNR against dense."""
+    dense = runs[0]
+    print(f"{'run':<8}{'s / step':>9}{'total s':>9}{'speed':>8}{'attention ms':>14}{'speed':>8}{'PSNR dB':>10}")
+    for run in runs:
+        step = statistics.median(run.seconds)
+        speed, attention = statistics.median(dense.seconds) / step, dense.attention_ms / run.attention_ms
+        quality = "-" if run is dense else f"{psnr(run.clip, dense.clip):.1f}"
+        times = f"{step:>9.3f}{sum(run.seconds):>9.1f}{speed:>7.2f}x{run.attention_ms:>14.1f}{attention:>7.2f}x"
+        print(f"{run.name:<8}{times}{quality:>10}")
+
+
+@torch.no_grad()
+def main() -> None:
+    """Run the demonstration."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--frames", type=int, default=16, help=f"{TOKENS_PER_FRAME} tokens each")
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--seed", type=int, default=7)
+    parser.add_argument("--out", type=Path, default=Path("demo_out"))
+    options = parser.parse_args()
+    caption = sample_captions(1, torch.Generator().manual_seed(options.seed))
+    runs = compile_runs(options.frames, options.steps, options.seed, caption)
+    for i in range(options.steps):
+        for run in runs:
+            run.step(run.scheduler.timesteps[i], caption)
+    print_times(runs)
+    options.out.mkdir(parents=True, exist_ok=True)
+    sheet = options.out / "contact_sheet.png"
+    contact_sheet(runs).save(sheet)
+    print(f"\nframes, dense above: {sheet}")
+
+
+if __name__ == "__main__":
+    main()

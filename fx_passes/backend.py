@@ -1,0 +1,50 @@
+"""The torch.compile backend: rewrite the graph that Dynamo traced, then hand it to the inner backend.
+
+torch.compile(model, backend="sparseattn") finds it by its entry point. The graph is rewritten before autograd, so that
+one pass serves inference and training; nothing global is changed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch._dynamo
+from torch import fx
+
+from ..lowering.precedence import effective_policy
+from .cache import compile_with_inductor, guard_on_policy_state
+from .options import INDUCTOR, Options
+from .publish import publish
+from .rewrite import rewrite_graph
+
+
+def sparseattn_backend(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    mode: str | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> Callable[..., Any]:
+    """Compile a graph with its attention rewritten.
+
+    Args:
+        gm: the graph that Dynamo traced.
+        example_inputs: its inputs, fake.
+        mode: as in torch.compile, passed to Inductor.
+        options: "policy" (a preset name, a path to a .toml or .json file, a dict or a Policy), "inner_backend",
+            "capability", "mode", and any Inductor option.
+
+    Raises:
+        PolicyError: on a wrong option or policy.
+        RequirementError: if a rule with mode="require" matches a site that its backend cannot serve.
+    """
+    asked = Options.parse(mode, options)
+    guard_on_policy_state()
+    policy = effective_policy(asked.policy)
+    if policy is not None:
+        publish(rewrite_graph(gm, policy, asked.capability))
+    if asked.inner_backend == INDUCTOR:
+        return compile_with_inductor(gm, example_inputs, asked.inductor)
+    inner: Callable[..., Any] = torch._dynamo.lookup_backend(asked.inner_backend)(gm, list(example_inputs))
+    return inner

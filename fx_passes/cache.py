@@ -1,0 +1,81 @@
+"""Keep the compile caches honest.
+
+Inductor's and AOTAutograd's caches hash the rewritten graph, so the policy is in their key by itself. Two things are
+not: the code behind our ops, which we add as a tag, and what Dynamo keeps in memory, which must not outlive a change of
+policy made outside the compile options (`use_policy`, environment), which we guard on.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx
+
+from ..lowering.precedence import policy_state
+
+_log = logging.getLogger(__name__)
+
+
+@functools.cache
+def code_tag() -> str:
+    """Hash of the sources of this package."""
+    root = Path(__file__).parent.parent
+    digest = hashlib.sha256()
+    for folder in ("attn_ops", "lowering", "fx_passes"):
+        for file in sorted((root / folder).rglob("*.py")):
+            digest.update(file.read_bytes())
+    return f"sparseattn-{digest.hexdigest()[:16]}"
+
+
+def compile_with_inductor(
+    module: fx.GraphModule, example_inputs: Sequence[Any], config_patches: dict[str, Any]
+) -> Callable[..., Any]:
+    """Inductor's compile_fx with our code in its cache key, for the forward and for the backward (compiled later)."""
+    from torch._inductor.compile_fx import compile_fx, compile_fx_inner
+    from torch.compiler import config
+
+    tag = f"{config.cache_key_tag}|{code_tag()}"
+    with config.patch(cache_key_tag=tag):
+        inner = config.patch(cache_key_tag=tag)(compile_fx_inner)
+        compiled: Callable[..., Any] = compile_fx(
+            module, list(example_inputs), inner_compile=inner, config_patches=config_patches
+        )
+        return compiled
+
+
+def guard_on_policy_state() -> None:
+    """Have Dynamo recompile the frame being compiled when `use_policy` or the environment changes the policy."""
+    if torch._guards.TracingContext.try_get() is None:
+        return
+    from torch._dynamo.guards import install_guard
+    from torch._dynamo.source import GlobalStateSource
+
+    try:
+        install_guard(GlobalStateSource().make_guard(functools.partial(_build_guard, policy_state())))
+    except (AttributeError, TypeError):
+        _warn_once()
+
+
+def _build_guard(compiled_under: object, builder: Any, _guard: Any) -> None:
+    def unchanged(_scope: object) -> bool:
+        return policy_state() == compiled_under
+
+    root = builder.guard_manager.root
+    try:
+        root.add_lambda_guard(unchanged, ["sparseattn policy unchanged"], None)
+    except TypeError:  # torch < 2.13 has no third argument
+        root.add_lambda_guard(unchanged, ["sparseattn policy unchanged"])
+
+
+@functools.cache
+def _warn_once() -> None:
+    _log.warning(
+        "torch %s has no guard hook we know: call torch._dynamo.reset() after use_policy or the environment changes.",
+        torch.__version__,
+    )

@@ -1,0 +1,165 @@
+"""The command line: `sparseattn backends | explain | bench | env`.
+
+Exit code 0 on success, 1 when a rule with mode="require" is not met, 2 on wrong use.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.util
+import json
+import platform
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from ..attn_ops.call import AttentionCall
+from ..attn_ops.capability import Capability
+from ..attn_ops.errors import RequirementError, SparseAttnError
+from ..attn_ops.registry import backends
+from .bench import COLUMNS, measure
+from .explain import explain
+from .table import aligned
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    options = _parser().parse_args(arguments)
+    command: Callable[[argparse.Namespace], str] = options.command
+    try:
+        print(command(options))
+    except RequirementError as error:
+        print(error, file=sys.stderr)
+        return 1
+    except SparseAttnError as error:
+        print(error, file=sys.stderr)
+        return 2
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="sparseattn", description="Faster attention in models nobody has to edit.")
+    verbs = parser.add_subparsers(required=True, metavar="backends | explain | bench | env")
+    verb = verbs.add_parser("backends", help="what this machine, or another, can run, and what is missing")
+    verb.add_argument("--capability", help='a machine by name, "sm90" or "cpu-avx512"; default: this one')
+    verb.add_argument("--json", action="store_true")
+    verb.set_defaults(command=_backends)
+    verb = verbs.add_parser("explain", help="what a policy would do to a model, without running it")
+    verb.add_argument("target", help="FILE.py:NAME or package.module:NAME; NAME() returns (model, inputs)")
+    verb.add_argument("--policy", help="a preset or a file; default: as torch.compile would choose")
+    verb.add_argument("--capability", help='a machine by name, "sm90"; default: this one')
+    form = verb.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true")
+    form.add_argument("--html", action="store_true")
+    verb.set_defaults(command=_explain)
+    verb = verbs.add_parser("bench", help="time backends against dense SDPA on one shape")
+    verb.add_argument("--shape", default="1,8,4096,64", help="B,H,S,D (default: %(default)s)")
+    verb.add_argument("--backends", default="flash,block_topk", help="comma-separated (default: %(default)s)")
+    verb.add_argument("--dtype", default="float32", choices=("float32", "float16", "bfloat16"))
+    verb.add_argument("--device", default="cpu")
+    verb.add_argument("--repeats", type=int, default=7)
+    verb.add_argument("--csv", action="store_true")
+    verb.set_defaults(command=_bench)
+    verb = verbs.add_parser("env", help="versions and capabilities, for a bug report")
+    verb.add_argument("--json", action="store_true")
+    verb.set_defaults(command=_env)
+    return parser
+
+
+def _machine(name: str | None) -> Capability:
+    if name is not None:
+        return Capability.of(name)
+    return Capability.current("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _backends(options: argparse.Namespace) -> str:
+    machine = _machine(options.capability)
+    rows = [row for spec in backends().values() for row in _provider_rows(spec, machine)]
+    if options.json:
+        keys = ("backend", "op", "kind", "provider", "available", "why_not")
+        return json.dumps(
+            {"machine": str(machine), "providers": [dict(zip(keys, row, strict=True)) for row in rows]}, indent=2
+        )
+    lines = [(b, o, k, p, "yes" if ok else "no", "; ".join(why)) for b, o, k, p, ok, why in rows]
+    heading = ("backend", "op", "kind", "provider", "available", "why not")
+    return "\n".join([f"sparseattn on {machine}", *aligned([heading, *lines])])
+
+
+def _provider_rows(spec: Any, machine: Capability) -> list[tuple[str, str, str, str, bool, list[str]]]:
+    """Every provider of a backend, judged by a call that all of them would take."""
+    dtype = torch.bfloat16 if machine.device == "cuda" else torch.float32
+    call = AttentionCall(1, 8, 8, 4096, 4096, 64, dtype=dtype, device=machine.device)
+    reasons = [(provider.name, provider.reasons(call, machine)) for provider in spec.providers]
+    return [(spec.name, spec.op, spec.kind, name, not why, why) for name, why in reasons]
+
+
+def _explain(options: argparse.Namespace) -> str:
+    model, inputs = _target(options.target)
+    args, kwargs = ((), inputs) if isinstance(inputs, dict) else (inputs, {})
+    with torch.no_grad():
+        report = explain(model, *args, policy=options.policy, capability=options.capability, **kwargs)
+    if options.json:
+        return report.to_json()
+    return report.to_html() if options.html else str(report)
+
+
+def _target(target: str) -> Any:
+    """Call the function that `FILE.py:NAME` or `package.module:NAME` names."""
+    place, _, name = target.rpartition(":")
+    if not place:
+        raise SparseAttnError(f"explain: target must be FILE.py:NAME or package.module:NAME, got {target!r}.")
+    module = _load_file(Path(place)) if place.endswith(".py") else importlib.import_module(place)
+    if not hasattr(module, name):
+        raise SparseAttnError(f"explain: {place} has no {name!r}. It must be a function that returns (model, inputs).")
+    return getattr(module, name)()
+
+
+def _load_file(path: Path) -> ModuleType:
+    if not path.exists():
+        raise SparseAttnError(f"explain: there is no file {path}.")
+    sys.path.insert(0, str(path.parent))
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _bench(options: argparse.Namespace) -> str:
+    try:
+        batch, heads, seq, dim = (int(size) for size in options.shape.split(","))
+    except ValueError:
+        raise SparseAttnError(f"bench: --shape must be four numbers B,H,S,D, got {options.shape!r}.") from None
+    names = [name.strip() for name in options.backends.split(",")]
+    dtype = getattr(torch, options.dtype)
+    rows = measure(names, (batch, heads, seq, dim), dtype, options.device, options.repeats)
+    lines = [COLUMNS, *(row.cells() for row in rows)]
+    if options.csv:
+        return "\n".join(",".join(f'"{cell}"' if "," in cell else cell for cell in line) for line in lines)
+    return "\n".join(aligned(lines))
+
+
+def _env(options: argparse.Namespace) -> str:
+    from .. import __version__
+
+    machine = _machine(None)
+    facts = {
+        "sparseattn": __version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "machine": str(machine),
+        "threads": torch.get_num_threads(),
+        "packages": dict(machine.packages),
+        "backends": sorted(backends()),
+    }
+    if options.json:
+        return json.dumps(facts, indent=2)
+    return "\n".join(f"{name}: {value}" for name, value in facts.items())

@@ -1,0 +1,150 @@
+"""Report: every attention site of one compiled graph, what it became, and why everything else did not.
+
+`str()` is a table to read at a glance, `to_json()` for programs, `to_html()` for a page.
+"""
+
+from __future__ import annotations
+
+import html
+import json
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from ..attn_ops.call import AttentionCall, dtype_name
+from ..lowering.decision import Decision
+from .table import aligned
+
+_COLUMNS = ("#", "layer", "kind", "B,H,S,D", "dtype", "chosen", "provider", "params", "rule", "why")
+DENSE = "sdpa"
+"""How a site that stays as it was is shown."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One site: where it is, what it asks, what was decided."""
+
+    module: str
+    source: str
+    call: AttentionCall
+    decision: Decision
+
+    def cells(self) -> tuple[str, ...]:
+        """The row's columns as text, without its number."""
+        call, decision = self.call, self.decision
+        shape = call.shape if call.head_dim else "?"
+        params = " ".join(f"{name}={value}" for name, value in decision.params)
+        rule = "-" if decision.rule is None else str(decision.rule)
+        chosen, provider = decision.backend or DENSE, decision.provider or "torch"
+        dtype = dtype_name(call.dtype) if call.head_dim else "?"
+        return (
+            self.module or self.source or "?",
+            call.kind,
+            shape,
+            dtype,
+            chosen,
+            provider,
+            params,
+            rule,
+            decision.why,
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The row as plain values."""
+        call = {**asdict(self.call), "dtype": dtype_name(self.call.dtype), "dynamic": list(self.call.dynamic)}
+        return {
+            "module": self.module,
+            "source": self.source,
+            "call": call,
+            "decision": {**asdict(self.decision), "params": dict(self.decision.params)},
+        }
+
+
+@dataclass(frozen=True)
+class Report:
+    """All decisions of one graph.
+
+    Args:
+        rows: one per site, in graph order.
+        policy: name of the policy.
+        policy_hash: its hash.
+        capability: the machine decided for, as text.
+    """
+
+    rows: tuple[Row, ...] = ()
+    policy: str = ""
+    policy_hash: str = ""
+    capability: str = ""
+
+    @property
+    def decisions(self) -> tuple[Decision, ...]:
+        """The decisions alone."""
+        return tuple(row.decision for row in self.rows)
+
+    @property
+    def chosen(self) -> Counter[str]:
+        """How many sites became what: {"block_topk": 4, "sdpa": 1}."""
+        return Counter(decision.backend or DENSE for decision in self.decisions)
+
+    @property
+    def rewritten(self) -> int:
+        """Number of sites that became one of our ops."""
+        return sum(not decision.is_dense for decision in self.decisions)
+
+    def summary(self) -> str:
+        """One line: `5 attention sites: 4 block_topk, 1 sdpa (policy fast, cpu-avx512)`."""
+        counts = ", ".join(f"{count} {name}" for name, count in self.chosen.most_common()) or "nothing to rewrite"
+        sites = f"{len(self.rows)} attention site{'' if len(self.rows) == 1 else 's'}"
+        return f"{sites}: {counts} (policy {self.policy}, {self.capability})"
+
+    def __add__(self, other: Report) -> Report:
+        """The sites of both, for a model that compiles into several graphs."""
+        return Report(self.rows + other.rows, other.policy, other.policy_hash, other.capability)
+
+    def __str__(self) -> str:
+        table = aligned([_COLUMNS, *((str(i), *row.cells()) for i, row in enumerate(self.rows))]) if self.rows else []
+        title = f"sparseattn · policy {self.policy} ({self.policy_hash}) · {self.capability}"
+        return "\n".join([title, *table, self.summary(), *self._why_not()])
+
+    def _why_not(self) -> Iterator[str]:
+        """Per candidate, its reasons with the number of sites each applied to."""
+        reasons: dict[str, Counter[str]] = {}
+        for decision in self.decisions:
+            for candidate, sentences in decision.rejected:
+                reasons.setdefault(candidate, Counter()).update(sentences)
+        if reasons:
+            yield "why not"
+        for candidate, counts in sorted(reasons.items()):
+            told = "; ".join(f"{sentence} ({count})" for sentence, count in counts.most_common())
+            yield f"  {candidate}: {told}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as plain values."""
+        return {
+            "policy": self.policy,
+            "policy_hash": self.policy_hash,
+            "capability": self.capability,
+            "summary": self.summary(),
+            "sites": [row.to_dict() for row in self.rows],
+        }
+
+    def to_json(self, indent: int | None = 2) -> str:
+        """The report as JSON text."""
+        return json.dumps(self.to_dict(), indent=indent)
+
+    def to_html(self) -> str:
+        """The report as one self-contained HTML page."""
+        head = "".join(f"<th>{html.escape(column)}</th>" for column in _COLUMNS)
+        body = "".join(
+            f"<tr><td>{i}</td>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row.cells()) + "</tr>"
+            for i, row in enumerate(self.rows)
+        )
+        notes = "".join(f"<li>{html.escape(line.strip())}</li>" for line in list(self._why_not())[1:])
+        return (
+            "<!doctype html><meta charset='utf-8'><title>sparseattn report</title>"
+            "<style>body{font:14px system-ui;margin:2em}table{border-collapse:collapse}"
+            "td,th{padding:.3em .7em;border-bottom:1px solid #ccc;text-align:left}</style>"
+            f"<h1>sparseattn</h1><p>{html.escape(self.summary())}, policy hash {html.escape(self.policy_hash)}</p>"
+            f"<table><tr>{head}</tr>{body}</table><h2>Why not</h2><ul>{notes}</ul>"
+        )

@@ -1,0 +1,169 @@
+"""Rewrite the attention of a graph: normalize, find sites, decide, replace.
+
+    before:  out = scaled_dot_product_attention(q, k, v, attn_mask=None, ...)
+    after:   pair = torch.ops.sparseattn.<op>(q, k, v, causal=..., provider="...", ...);  out = pair[0]
+
+A site that stays dense is left, or put back, exactly as it was. Sub-graphs (checkpoint, cond, scan) are rewritten too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import operator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from ..attn_ops.call import AttentionCall
+from ..attn_ops.capability import Capability
+from ..lowering.decide import decide
+from ..lowering.decision import Decision
+from ..lowering.policy import Policy
+from .normalize.graph import value_of
+from .normalize.multihead import opaque_sites, open_multihead
+from .normalize.unfused import fuse_unfused
+from .report import Report, Row
+from .sites import CallSite, find_sites, module_path, source_line
+
+_META_KEYS = ("example_value", "val")
+
+
+def rewrite_graph(module: fx.GraphModule, policy: Policy, capability: Capability | None = None) -> Report:
+    """Rewrite a graph and its sub-graphs in place.
+
+    Args:
+        module: a graph from Dynamo or torch.export.
+        policy: decides what each site becomes.
+        capability: the machine to decide for; None means the one each site's tensors are on.
+
+    Raises:
+        RequirementError: if a rule with mode="require" matches a site that its backend cannot serve.
+    """
+    rows = [row for graph in _graphs(module) for row in _rewrite_one(graph, policy, capability)]
+    return Report(tuple(rows), policy.name, policy.hash, str(capability or _capability_of(rows)))
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    site: CallSite
+    decision: Decision
+
+
+def _graphs(module: fx.GraphModule) -> Iterator[fx.GraphModule]:
+    """The graph and, depth first, its sub-graphs."""
+    yield module
+    for child in module.children():
+        if isinstance(child, fx.GraphModule):
+            yield from _graphs(child)
+
+
+def _rewrite_one(module: fx.GraphModule, policy: Policy, capability: Capability | None) -> list[Row]:
+    opaque = [_opaque_row(node, reason, capability) for node, reason in opaque_sites(module)]
+    records = {record.site: record for record in (*open_multihead(module), *fuse_unfused(module))}
+    outcomes = [_Outcome(site, _decide(site, policy, capability)) for site in find_sites(module)]
+    for outcome in outcomes:
+        record = records.get(outcome.site.node)
+        if not outcome.decision.is_dense:
+            _replace(outcome.site, outcome.decision)
+            if record is not None:
+                record.commit()
+        elif record is not None:
+            record.restore()
+    if any(not outcome.decision.is_dense for outcome in outcomes) or records:
+        module.graph.lint()
+        module.recompile()
+    return [*(Row(o.site.module, o.site.source, o.site.call, o.decision) for o in outcomes), *opaque]
+
+
+def _decide(site: CallSite, policy: Policy, capability: Capability | None) -> Decision:
+    return decide(site.call, capability or Capability.current(site.device), policy, module=site.module)
+
+
+def _opaque_row(node: fx.Node, reason: str, capability: Capability | None) -> Row:
+    """A row for attention that is hidden in a node and cannot be opened."""
+    device = capability.device if capability else "cpu"
+    call = AttentionCall(0, 1, 1, 0, 0, 0, device=device, barrier=reason)
+    decision = Decision(why=reason)
+    return Row(module_path(node), source_line(node), call, decision)
+
+
+def _capability_of(rows: list[Row]) -> Capability:
+    return Capability.current(rows[0].call.device if rows else "cpu")
+
+
+def _replace(site: CallSite, decision: Decision) -> None:
+    """Put the chosen op in the place of the site's node."""
+    node, graph = site.node, site.node.graph
+    op = getattr(torch.ops.sparseattn, decision.op).default
+    with graph.inserting_before(node):
+        operands = tuple(_unit_stride(graph, operand) for operand in (site.q, site.k, site.v))
+        pair = graph.call_function(op, operands, _arguments(site, decision))
+        out = graph.call_function(operator.getitem, (pair, 0))
+        _describe_result(node, site.q, pair, out)
+        result = _in_layout_of(node, out)
+    node.replace_all_uses_with(result)
+    graph.erase_node(node)
+
+
+def _arguments(site: CallSite, decision: Decision) -> dict[str, Any]:
+    """Keyword arguments of the op: what the site asks, then what the rule set, then who computes it."""
+    arguments: dict[str, Any] = {}
+    if site.call.causal:
+        arguments["causal"] = True
+    if site.call.window is not None:
+        arguments["window"] = site.call.window
+    if site.scale is not None:
+        arguments["scale"] = site.scale
+    return {**arguments, **dict(decision.params), "provider": decision.provider}
+
+
+def _unit_stride(graph: fx.Graph, operand: fx.Node) -> fx.Node:
+    """The operand, made contiguous if its head_dim is not: our kernels read rows."""
+    value = value_of(operand)
+    if not isinstance(value, Tensor) or value.shape[-1] == 1 or value.stride(-1) == 1:
+        return operand
+    fresh = graph.call_function(torch.ops.aten.contiguous.default, (operand,))
+    fresh.meta = {**operand.meta, _key_of(operand): _meta_value(value, value.contiguous)}
+    return fresh
+
+
+def _describe_result(node: fx.Node, q: fx.Node, pair: fx.Node, out: fx.Node) -> None:
+    """Carry the meta over: caches and printed code rely on it. The value is read, never computed under a transform."""
+    value, like = value_of(node), value_of(q)
+    key = _key_of(node)
+    common = {name: entry for name, entry in node.meta.items() if name not in (*_META_KEYS, "tensor_meta")}
+    result = _meta_value(value, lambda: torch.empty_like(like, dtype=value.dtype, requires_grad=value.requires_grad))
+    lse = _meta_value(value, lambda: value.new_empty(value.shape[:-1], dtype=torch.float32))
+    pair.meta = {**common, key: (result, lse)}
+    out.meta = {**common, key: result}
+
+
+def _in_layout_of(node: fx.Node, out: fx.Node) -> fx.Node:
+    """`out` in the layout the graph was traced with.
+
+    Our ops follow the query's layout. SDPA on CUDA may give (B, S, H, D) order whatever the query has, and a `view`
+    that was legal on that must stay so.
+    """
+    traced, ours = value_of(node), value_of(out)
+    if traced.stride() == ours.stride() or not traced.transpose(1, 2).is_contiguous():
+        return out
+    swap, compact = torch.ops.aten.transpose.int, torch.ops.aten.contiguous.default
+    for target, dims in ((swap, (1, 2)), (compact, ()), (swap, (1, 2))):
+        value = _meta_value(traced, functools.partial(target, value_of(out), *dims))
+        out = node.graph.call_function(target, (out, *dims))
+        out.meta = {**node.meta, _key_of(node): value}
+    return out
+
+
+def _key_of(node: fx.Node) -> str:
+    return "example_value" if "example_value" in node.meta else "val"
+
+
+def _meta_value(like: Tensor, compute: Callable[[], Tensor]) -> Tensor:
+    """Compute a value under the fake mode of `like`; inside a backend the ambient mode is another one."""
+    with getattr(like, "fake_mode", contextlib.nullcontext()):
+        return compute()
