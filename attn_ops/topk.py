@@ -1,6 +1,6 @@
-"""Block means and exact top-k: the building blocks of every method that chooses key blocks by a score.
+"""Block means, exact top-k, and the choice of key blocks they make: for every method that scores blocks.
 
-Both are deterministic and wait for no device. Ties go to the lower index, so that every implementation agrees.
+All are deterministic and wait for no device. Ties go to the lower index, so that every implementation agrees.
 """
 
 from __future__ import annotations
@@ -63,3 +63,37 @@ def top_k_blocks(scores: Tensor, keep: int | Tensor, allowed: Tensor | None = No
         ties &= allowed
     kept = above | (ties & (ties.cumsum(dim=-1) <= wanted - above.sum(dim=-1, keepdim=True)))
     return lists_of(kept)
+
+
+def choose_blocks(
+    q: Tensor, k: Tensor, *, keep_ratio: float, block_q: int, block_k: int, causal: bool
+) -> tuple[Tensor, Tensor]:
+    """The key blocks of the highest mean(q block) . mean(k block), as lists.
+
+    Args:
+        q: (B, Hq, Sq, D).
+        k: (B, Hkv, Sk, D); query head h reads head h // (Hq / Hkv).
+        keep_ratio: fraction of the candidates to keep, 0 ... 1, rounded half up, at least one block.
+        block_q: tokens per block of queries.
+        block_k: tokens per block of keys.
+        causal: candidates are the blocks not wholly in the future; those that hold a row's own tokens are always kept.
+
+    Returns:
+        index: (B, Hq, nq, nk) int32, ascending, 0 after the count.
+        count: (B, Hq, nq) int32.
+    """
+    mean_q, mean_k = block_mean(q, block_q), block_mean(k, block_k)
+    (batch, kv_heads, nk, dim), nq = mean_k.shape, mean_q.shape[2]
+    grouped = mean_q.reshape(batch, kv_heads, -1, nq, dim)
+    scores = (grouped @ mean_k.unsqueeze(2).mT).flatten(1, 2)
+    if not causal:
+        return top_k_blocks(scores, max(1, int(keep_ratio * nk + 0.5)))
+    block = torch.arange(nk, device=q.device)
+    first = torch.arange(nq, device=q.device) * block_q
+    own_first = first // block_k
+    own_last = (first + block_q).clamp(max=q.shape[2]).sub(1).floor_divide(block_k)
+    candidates = (own_last + 1).clamp(max=nk)
+    keep = (keep_ratio * candidates.double() + 0.5).floor().long().clamp(min=1)
+    keep = torch.maximum(keep, candidates - own_first)
+    own = (block >= own_first[:, None]) & (block <= own_last[:, None])
+    return top_k_blocks(scores.masked_fill(own, torch.inf), keep, block <= own_last[:, None])

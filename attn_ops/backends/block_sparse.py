@@ -12,6 +12,7 @@ from ..errors import ArgumentError
 from ..op import define_op
 from ..resolve import AUTO, backward_kernel, forward_kernel
 from ..spec import BackendSpec, Kernel, Provider, Support
+from ..vendors import fastvideo_kernel
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -51,7 +52,7 @@ def block_sparse_attention(
         block_k: tokens per block of keys, at least 1.
         causal: of the listed keys, query i sees 0 ... i, token by token, aligned top-left.
         scale: factor on the scores; None means D ** -0.5.
-        provider: "triton", "cpu", "reference", or "auto" for the first of these that can serve the call.
+        provider: "triton", "cpu", "fastvideo_kernel", "reference", or "auto": the first of these that can serve it.
 
     Returns:
         out: (B, Hq, Sq, D), q's dtype and stride order. A row that sees no key is 0.
@@ -211,6 +212,7 @@ BACKEND = BackendSpec(
             load_backward=_cpu("attention_backward"),
             support=Support(devices=("cpu",)),
         ),
+        fastvideo_kernel.PROVIDER,
         Provider(
             "reference",
             "plain PyTorch, the definition",

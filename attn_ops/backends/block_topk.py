@@ -17,7 +17,7 @@ from ..errors import ArgumentError
 from ..op import define_op
 from ..resolve import AUTO, backward_kernel, forward_kernel
 from ..spec import BackendSpec, Kernel, Param, Provider, Support
-from ..topk import block_mean, top_k_blocks
+from ..topk import choose_blocks
 
 NAME, OP = "block_topk", "block_topk_attention"
 BLOCKS = (16, 32, 64, 128)
@@ -64,8 +64,7 @@ def block_topk_attention(
         ArgumentError: on wrong shapes, dtypes or strides, or a keep_ratio outside 0 ... 1.
         UnsupportedError: if no provider can serve the call; the message lists the reasons.
 
-    Differentiable in q, k and v through out and lse, with the selection held fixed; double backward and forward mode
-    are refused.
+    Differentiable in q, k and v through out and lse, the selection held fixed; no double backward, no forward mode.
     """
     result: tuple[Tensor, Tensor] = torch.ops.sparseattn.block_topk_attention(
         *(q, k, v),
@@ -77,30 +76,6 @@ def block_topk_attention(
         provider=provider,
     )
     return result
-
-
-def choose_blocks(
-    q: Tensor, k: Tensor, *, keep_ratio: float, block_q: int, block_k: int, causal: bool
-) -> tuple[Tensor, Tensor]:
-    """Lists of the chosen key blocks: index (B, Hq, nq, nk) int32, ascending, and count (B, Hq, nq) int32.
-
-    q: (B, Hq, Sq, D), k: (B, Hkv, Sk, D).
-    """
-    mean_q, mean_k = block_mean(q, block_q), block_mean(k, block_k)
-    (batch, kv_heads, nk, dim), nq = mean_k.shape, mean_q.shape[2]
-    grouped = mean_q.reshape(batch, kv_heads, -1, nq, dim)
-    scores = (grouped @ mean_k.unsqueeze(2).mT).flatten(1, 2)
-    if not causal:
-        return top_k_blocks(scores, max(1, int(keep_ratio * nk + 0.5)))
-    block = torch.arange(nk, device=q.device)
-    first = torch.arange(nq, device=q.device) * block_q
-    own_first = first // block_k
-    own_last = (first + block_q).clamp(max=q.shape[2]).sub(1).floor_divide(block_k)
-    candidates = (own_last + 1).clamp(max=nk)
-    keep = (keep_ratio * candidates.double() + 0.5).floor().long().clamp(min=1)
-    keep = torch.maximum(keep, candidates - own_first)
-    own = (block >= own_first[:, None]) & (block <= own_last[:, None])
-    return top_k_blocks(scores.masked_fill(own, torch.inf), keep, block <= own_last[:, None])
 
 
 def _check(

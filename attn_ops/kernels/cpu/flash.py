@@ -100,7 +100,7 @@ def _chunks(q: Tensor, seq_k: int, window: int) -> Iterator[tuple[slice, slice, 
         first, last = max(0, start - window + 1), min(stop, seq_k)
         if first >= last:
             return
-        distance = torch.arange(start, stop)[:, None] - torch.arange(first, last)[None, :]
+        distance = torch.arange(start, stop, device="cpu")[:, None] - torch.arange(first, last, device="cpu")[None, :]
         hidden = (distance < 0) | (distance >= window)
         mask = q.new_zeros(hidden.shape).masked_fill_(hidden, -torch.inf)
         yield slice(start, stop), slice(first, last), mask

@@ -1,0 +1,119 @@
+"""SageAttention on CPU: INT8 scores, an fp32 softmax over all keys of a chunk of queries, then the product with V.
+
+The integers are those of the reference. P and V are rounded as `pv` says, except that a bf16 V is multiplied in bf16
+where the CPU does that natively: V is exact then, and P keeps 8 bits, as in dense bf16 attention.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from ...layout import empty_result
+from ...quantize import mean_scores, quantize_qk, quantize_v_fp8
+
+_LOG2_E = math.log2(math.e)
+_E4M3_MAX = 448.0
+_CHUNK = (32, 256)
+_CHUNK_SCORES = 1 << 19
+
+Product = Callable[[Tensor, tuple[int, int]], Tensor]
+"""(p: (rows, keys) fp32 in 0 ... 1, (batch, kv head)) -> p @ v, (rows, D) fp32."""
+
+
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, scale: float, qk_quant: str, pv: str, smooth_k: bool
+) -> tuple[Tensor, Tensor]:
+    """q: (B, Hq, Sq, D), k, v: (B, Hkv, Sk, D). Returns out like q and lse (B, Hq, Sq) fp32."""
+    out, lse = empty_result(q)
+    if q.numel() == 0 or k.numel() == 0:
+        return out, lse
+    int8 = quantize_qk(q, k, granularity=qk_quant, smooth_k=smooth_k)
+    row_scale = (int8.q_scale * (scale * _LOG2_E)).unsqueeze(-1)
+    times_v = _fp8_product(v) if pv == "fp8" else _fp16_product(v)
+    group = q.shape[1] // k.shape[1]
+    for batch, head in itertools.product(range(q.shape[0]), range(q.shape[1])):
+        at = batch, head // group
+        queries, keys = _operands(int8.q[batch, head], int8.k[at])
+        for rows, seen in _chunks(q.shape[2], k.shape[2], causal):
+            scores = _matmul(queries[rows], keys[:, :seen]).mul_(int8.k_scale[at][:seen])
+            scores.mul_(row_scale[batch, head, rows])
+            if causal:
+                _hide_future(scores, rows.start)
+            largest = scores.amax(dim=-1, keepdim=True)
+            # exp2 is 2.5 times faster than exp in torch's vectorised loops, and softmax keeps no lse.
+            weights = scores.sub_(largest).exp2_()
+            total = weights.sum(dim=-1, keepdim=True)
+            out[batch, head, rows] = times_v(weights, at).div_(total)
+            lse[batch, head, rows] = (largest + total.log2()).squeeze(-1) / _LOG2_E
+    if int8.k_mean is not None:
+        lse += mean_scores(q, int8.k_mean, scale)
+    return out, lse
+
+
+def _chunks(seq_q: int, seq_k: int, causal: bool) -> Iterator[tuple[slice, int]]:
+    """(query rows, how many keys they see) of every chunk."""
+    size = min(max(_CHUNK_SCORES // seq_k, _CHUNK[0]), _CHUNK[1])
+    for start in range(0, seq_q, size):
+        stop = min(start + size, seq_q)
+        yield slice(start, stop), min(stop, seq_k) if causal else seq_k
+
+
+def _hide_future(scores: Tensor, start: int) -> None:
+    """scores: (rows, keys) of the rows from `start` on; only the last keys can be ahead of a row."""
+    ahead = scores[:, start:]
+    ahead.masked_fill_(torch.ones(ahead.shape, dtype=torch.bool).triu_(1), -torch.inf)
+
+
+def _operands(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+    """q: (Sq, D) and k: (Sk, D) int8, as (Sq, D) and (D, Sk) in the dtype whose product is exact on this CPU."""
+    q, k = q.contiguous(), k.contiguous()
+    # torch._int_mm returns noise for an inner dimension of 1.
+    in_int8 = q.shape[1] > 1 and _int8_matmul_is_exact()
+    return (q, k.t()) if in_int8 else (q.float(), k.float().t())
+
+
+def _matmul(q: Tensor, k: Tensor) -> Tensor:
+    return torch._int_mm(q, k).float() if q.dtype is torch.int8 else q @ k
+
+
+@functools.cache
+def _int8_matmul_is_exact() -> bool:
+    """Without VNNI, oneDNN adds pairs of products in 16 bits, which saturate: wrong integers, no warning."""
+    if not torch.backends.mkldnn.is_available():
+        return False
+    largest = torch.full((32, 64), 127, dtype=torch.int8)
+    return bool((torch._int_mm(largest, largest.t()) == 64 * 127**2).all())
+
+
+@functools.cache
+def _multiplies_bf16() -> bool:
+    return torch.backends.mkldnn.is_available() and torch.cpu._is_avx512_bf16_supported()
+
+
+def _fp16_product(v: Tensor) -> Product:
+    if v.dtype is torch.bfloat16 and _multiplies_bf16():
+        return lambda p, at: (p.bfloat16() @ v[at][: p.shape[1]]).float()
+    values = v.half().float()
+    return lambda p, at: p.half().float() @ values[at][: p.shape[1]]
+
+
+def _fp8_product(v: Tensor) -> Product:
+    v8, v_scale = quantize_v_fp8(v)
+    values, channel_scale = v8.float(), v_scale / _E4M3_MAX
+    return lambda p, at: (_rounded_to_e4m3(p.mul_(_E4M3_MAX)) @ values[at][: p.shape[1]]).mul_(channel_scale[at])
+
+
+def _rounded_to_e4m3(x: Tensor) -> Tensor:
+    """x: fp32, 0 ... 448, rounded to what e4m3 can hold; a NaN becomes a number.
+
+    The bits of an e4m3 number, shifted left by 7, are those of an fp16 number 256 times smaller. Torch's own conversion
+    from e4m3 takes ten times as long.
+    """
+    bits = x.to(torch.float8_e4m3fn).view(torch.uint8).to(torch.int16) << 7
+    return bits.view(torch.float16).float().mul_(256)
