@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import Tensor
 
+ParamValue = bool | int | float | str
+Params = tuple[tuple[str, ParamValue], ...]
 Kind = Literal["self", "cross"]
 MaskKind = Literal["none", "bool", "float"]
 
@@ -47,6 +48,7 @@ class AttentionCall:
         kind: "self" if query and key lengths are provably equal, else "cross".
         dynamic: names of the sizes that are symbolic.
         barrier: why no op of ours may stand here at all (a functorch transform, a DTensor), or None.
+        params: (name, value) of every parameter of the backend that is asked; empty while none is.
     """
 
     batch: int
@@ -67,34 +69,11 @@ class AttentionCall:
     kind: Kind = "self"
     dynamic: tuple[str, ...] = ()
     barrier: str | None = None
+    params: Params = ()
 
-    @classmethod
-    def of(
-        cls,
-        q: Tensor,
-        k: Tensor,
-        *,
-        causal: bool = False,
-        window: int | None = None,
-        scale: float | None = None,
-        needs_grad: bool = False,
-    ) -> AttentionCall:
-        """Describe an eager call. q: (B, Hq, Sq, D), k: (B, Hkv, Sk, D)."""
-        return cls(
-            batch=q.shape[0],
-            heads=q.shape[1],
-            kv_heads=k.shape[1],
-            seq_q=q.shape[2],
-            seq_k=k.shape[2],
-            head_dim=q.shape[3],
-            dtype=q.dtype,
-            device=q.device.type,
-            causal=causal,
-            window=window,
-            scale=scale,
-            needs_grad=needs_grad,
-            kind="self" if q.shape[2] == k.shape[2] else "cross",
-        )
+    def param(self, name: str) -> ParamValue | None:
+        """The value of a parameter of the backend that is asked; None if it has none of that name."""
+        return dict(self.params).get(name)
 
     @property
     def shape(self) -> str:

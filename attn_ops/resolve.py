@@ -11,7 +11,7 @@ import functools
 import torch
 from torch import Tensor
 
-from .call import AttentionCall, Kind
+from .call import AttentionCall, Kind, Params, ParamValue
 from .capability import Capability
 from .errors import GradientError, UnsupportedError
 from .registry import backend
@@ -21,15 +21,24 @@ AUTO = "auto"
 
 
 def forward_kernel(
-    name: str, provider: str, q: Tensor, k: Tensor, *, causal: bool = False, window: int | None = None
+    name: str,
+    provider: str,
+    q: Tensor,
+    k: Tensor,
+    *,
+    causal: bool = False,
+    window: int | None = None,
+    scale: float | None = None,
+    **params: ParamValue,
 ) -> Kernel:
-    """The forward kernel of a backend for these tensors.
+    """The forward kernel of a backend for these tensors and parameters.
 
     Raises:
         PolicyError: if the backend has no provider of that name.
         UnsupportedError: if the provider, or with "auto" every provider, has a reason not to serve the call.
     """
-    return _choose(name, provider, False, q.device, q.dtype, q.shape, k.shape, causal, window)
+    shapes = q.device, q.dtype, q.shape, k.shape
+    return _choose(name, provider, False, *shapes, causal, window, scale, tuple(params.items()))
 
 
 def backward_kernel(
@@ -41,7 +50,7 @@ def backward_kernel(
         GradientError: if a provider is named that has no backward kernel.
         UnsupportedError: as for the forward.
     """
-    return _choose(name, provider, True, q.device, q.dtype, q.shape, k.shape, causal, window)
+    return _choose(name, provider, True, q.device, q.dtype, q.shape, k.shape, causal, window, None, ())
 
 
 def forget_choices() -> None:
@@ -63,6 +72,8 @@ def _choose(
     k_shape: torch.Size,
     causal: bool,
     window: int | None,
+    scale: float | None,
+    params: Params,
 ) -> Kernel:
     spec = backend(name)
     kind: Kind = "self" if q_shape[2] == k_shape[2] else "cross"
@@ -70,8 +81,10 @@ def _choose(
         *(q_shape[0], q_shape[1], k_shape[1], q_shape[2], k_shape[2], q_shape[3], dtype, device.type),
         causal=causal,
         window=window,
+        scale=scale,
         needs_grad=backward,
         kind=kind,
+        params=params,
     )
     capability = Capability.current(device)
     chosen = _automatic(spec, call, capability) if provider == AUTO else _named(spec, provider, call, capability)

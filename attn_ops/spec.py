@@ -12,13 +12,12 @@ from typing import Any, Literal
 
 import torch
 
-from .call import FLOAT_DTYPES, AttentionCall, dtype_name
+from .call import FLOAT_DTYPES, AttentionCall, Params, ParamValue, dtype_name
 from .capability import Capability, version_numbers
 from .errors import PolicyError, nearest
 
 Kernel = Callable[..., Any]
 WhyNot = Callable[[AttentionCall, Capability], list[str]]
-ParamValue = bool | int | float | str
 
 
 def no_reasons(_call: AttentionCall, _capability: Capability) -> list[str]:
@@ -200,6 +199,11 @@ class BackendSpec:
     def reasons(self, call: AttentionCall, capability: Capability) -> list[str]:
         """Why this backend cannot serve the call, whoever computes it; empty if it can."""
         return [*self.support.why_not(call, capability), *self.why_not(call, capability)]
+
+    def complete(self, given: Params) -> Params:
+        """Every parameter of the backend: as given, else its default."""
+        values = dict(given)
+        return tuple((param.name, values.get(param.name, param.default)) for param in self.params)
 
     def provider(self, name: str) -> Provider:
         """The provider of that name.

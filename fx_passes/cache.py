@@ -12,7 +12,7 @@ import hashlib
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import fx
@@ -40,13 +40,10 @@ def compile_with_inductor(
     from torch._inductor.compile_fx import compile_fx, compile_fx_inner
     from torch.compiler import config
 
-    tag = f"{config.cache_key_tag}|{code_tag()}"
-    with config.patch(cache_key_tag=tag):
-        inner = config.patch(cache_key_tag=tag)(compile_fx_inner)
-        compiled: Callable[..., Any] = compile_fx(
-            module, list(example_inputs), inner_compile=inner, config_patches=config_patches
-        )
-        return compiled
+    tagged = config.patch(cache_key_tag=f"{config.cache_key_tag}|{code_tag()}")  # type: ignore[attr-defined]
+    with tagged:
+        compiled = compile_fx(module, list(example_inputs), tagged(compile_fx_inner), config_patches)
+    return cast(Callable[..., Any], compiled)
 
 
 def guard_on_policy_state() -> None:

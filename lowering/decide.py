@@ -5,9 +5,9 @@ A pure function of the call, the machine, the policy and the module's path: no t
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
-from ..attn_ops.call import AttentionCall
+from ..attn_ops.call import AttentionCall, Params
 from ..attn_ops.capability import Capability
 from ..attn_ops.errors import RequirementError
 from ..attn_ops.registry import backends
@@ -69,17 +69,20 @@ class _Search:
                 self.passed.setdefault(name, f"rule {number} does not match: {mismatch}")
         return False
 
-    def attempt(self, spec: BackendSpec, *, pinned: str | None = None, only_if_faster: bool = False) -> _Trial:
-        """Try a backend and its providers in their order."""
-        common = [*self._forbids(spec.name, None), *spec.reasons(self.call, self.capability)]
+    def attempt(
+        self, spec: BackendSpec, params: Params = (), *, pinned: str | None = None, only_if_faster: bool = False
+    ) -> _Trial:
+        """Try a backend, with these parameters, and its providers in their order."""
+        call = replace(self.call, params=spec.complete(params))
+        common = [*self._forbids(spec.name, None), *spec.reasons(call, self.capability)]
         providers = [p for p in spec.providers if pinned in (None, p.name)]
         if not providers:
             common.append(f"it has no provider {pinned!r}")
         rejected: list[Rejection] = []
         for provider in providers:
-            reasons = [r for r in self._provider_reasons(spec, provider, pinned) if r not in common]
+            reasons = [r for r in self._provider_reasons(spec, provider, call, pinned) if r not in common]
             if not reasons and not common:
-                loss = spec.break_even(self.call, self.capability) if only_if_faster and spec.break_even else None
+                loss = spec.break_even(call, self.capability) if only_if_faster and spec.break_even else None
                 if loss is None:
                     return _Trial(spec.name, provider)
                 return _Trial(spec.name, None, (loss,), tuple(rejected))
@@ -87,10 +90,12 @@ class _Search:
                 rejected.append((f"{spec.name}/{provider.name}", tuple(reasons)))
         return _Trial(spec.name, None, tuple(common), tuple(rejected))
 
-    def _provider_reasons(self, spec: BackendSpec, provider: Provider, pinned: str | None) -> list[str]:
+    def _provider_reasons(
+        self, spec: BackendSpec, provider: Provider, call: AttentionCall, pinned: str | None
+    ) -> list[str]:
         if provider.name == REFERENCE and pinned is None:
             return [DEFINITION]
-        return [*self._forbids(spec.name, provider.name), *provider.reasons(self.call, self.capability)]
+        return [*self._forbids(spec.name, provider.name), *provider.reasons(call, self.capability)]
 
     def _forbids(self, name: str, provider: str | None) -> list[str]:
         reason = self.forbidden.get((name, provider))
@@ -142,7 +147,7 @@ def decide(call: AttentionCall, capability: Capability, policy: Policy, *, modul
 def _by_rule(search: _Search, number: int, rule: Rule) -> Decision:
     failed: list[_Trial] = []
     for spec in specs_of(rule.use):
-        trial = search.attempt(spec, pinned=rule.provider, only_if_faster=rule.only_if_faster)
+        trial = search.attempt(spec, rule.params, pinned=rule.provider, only_if_faster=rule.only_if_faster)
         if trial.provider is not None:
             return _decision(search, number, rule, failed, spec, trial.provider)
         failed.append(trial)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ..attn_ops.call import Params
 from ..attn_ops.registry import backend
-from .rule_fields import Params
 
 Rejection = tuple[str, tuple[str, ...]]
 """A candidate, "sage" or "sage/triton", and its reasons."""

@@ -12,10 +12,9 @@ from typing import Any, Literal, cast
 
 import torch
 
-from ..attn_ops.call import AttentionCall, Kind, dtype_name
-from ..attn_ops.spec import ParamValue
+from ..attn_ops.call import AttentionCall, Kind, Params, ParamValue, dtype_name
 from .rule_checks import DENSE, check_rule, specs_of
-from .rule_fields import Params, as_choice, as_dtypes, as_flag, as_integer, as_names, as_params, as_sizes, as_text
+from .rule_fields import as_choice, as_dtypes, as_flag, as_integer, as_names, as_params, as_sizes, as_text
 
 Mode = Literal["prefer", "require", "never"]
 

@@ -11,11 +11,9 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 
-from ..attn_ops.call import FLOAT_DTYPES, dtype_name
+from ..attn_ops.call import FLOAT_DTYPES, Params, ParamValue, dtype_name
 from ..attn_ops.errors import PolicyError, nearest
-from ..attn_ops.spec import BackendSpec, ParamValue
-
-Params = tuple[tuple[str, ParamValue], ...]
+from ..attn_ops.spec import BackendSpec
 
 _EXAMPLES = {
     "use": '"sage"',

@@ -120,7 +120,7 @@ def _forward(
     lists = block_index, block_count, key_sizes
     _check(q, k, v, *lists, block_q=block_q, block_k=block_k)
     scale = default_scale(scale, q.shape[-1])
-    kernel = forward_kernel(NAME, provider, q, k, causal=causal)
+    kernel = forward_kernel(NAME, provider, q, k, causal=causal, scale=scale, block_q=block_q, block_k=block_k)
     result: tuple[Tensor, Tensor] = kernel(
         q, k, v, *lists, block_q=block_q, block_k=block_k, causal=causal, scale=scale
     )

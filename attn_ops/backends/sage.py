@@ -8,7 +8,6 @@ from torch import Tensor
 from ..call import AttentionCall
 from ..capability import Capability
 from ..checks import check_choice, check_qkv, default_scale
-from ..errors import UnsupportedError
 from ..op import define_op
 from ..quantize import GRANULARITIES
 from ..resolve import AUTO, forward_kernel
@@ -93,9 +92,7 @@ def _forward(
     provider: str = AUTO,
 ) -> tuple[Tensor, Tensor]:
     _check(q, k, v, qk_quant=qk_quant, pv=pv)
-    if pv == "fp8" and provider != "reference":
-        _require_fp8(Capability.current(q.device))
-    kernel = forward_kernel(NAME, provider, q, k, causal=causal)
+    kernel = forward_kernel(NAME, provider, q, k, causal=causal, qk_quant=qk_quant, pv=pv, smooth_k=smooth_k)
     scale = default_scale(scale, q.shape[-1])
     result: tuple[Tensor, Tensor] = kernel(
         q, k, v, causal=causal, scale=scale, qk_quant=qk_quant, pv=pv, smooth_k=smooth_k
@@ -103,9 +100,10 @@ def _forward(
     return result
 
 
-def _require_fp8(capability: Capability) -> None:
-    if capability.sm is not None and not capability.fp8:
-        raise UnsupportedError(f'{OP}: pv="fp8" needs sm89 or newer, this is {capability}. Use pv="fp16".')
+def _why_not_triton(call: AttentionCall, capability: Capability) -> list[str]:
+    if call.param("pv") == "fp8" and capability.sm is not None and not capability.fp8:
+        return [f'pv="fp8" needs sm89 or newer, this is {capability}']
+    return []
 
 
 def _triton() -> Kernel:
@@ -170,6 +168,7 @@ BACKEND = BackendSpec(
             "pointer kernel for sm_80 and newer",
             load=_triton,
             support=Support(grad=False, devices=("cuda",), min_sm=80, package="triton", min_version="3.6"),
+            why_not=_why_not_triton,
         ),
         Provider(
             "cpu",

@@ -16,7 +16,6 @@ from torch.nn.functional import pad
 from ..call import AttentionCall
 from ..capability import Capability
 from ..checks import default_scale
-from ..errors import UnsupportedError
 from ..layout import empty_result, like_query
 from ..spec import Kernel, Provider, Support
 
@@ -38,12 +37,11 @@ def load() -> Kernel:
         block_count: Tensor,
         key_sizes: Tensor | None = None,
         *,
-        block_q: int,
-        block_k: int,
-        causal: bool = False,  # noqa: ARG001  (the provider's support says no)
-        scale: float,
+        block_q: int,  # noqa: ARG001  (the provider refuses any other than what it has)
+        block_k: int,  # noqa: ARG001
+        causal: bool = False,  # noqa: ARG001
+        scale: float,  # noqa: ARG001
     ) -> tuple[Tensor, Tensor]:
-        _refuse(block_q, block_k, scale, q.shape[-1])
         if q.numel() == 0 or k.numel() == 0 or block_index.shape[-1] == 0:
             return empty_result(q)
         sizes = _sizes(k, key_sizes)
@@ -57,19 +55,6 @@ def load() -> Kernel:
         return like_query(out, q), lse
 
     return attention
-
-
-def _refuse(block_q: int, block_k: int, scale: float, head_dim: int) -> None:
-    if (block_q, block_k) != (_BLOCK, _BLOCK):
-        raise UnsupportedError(
-            f"block_sparse_attention: fastvideo_kernel has blocks of 64 x 64, got {block_q} x {block_k}. "
-            'Use provider="triton".'
-        )
-    if not math.isclose(scale, default_scale(None, head_dim)):
-        raise UnsupportedError(
-            f"block_sparse_attention: fastvideo_kernel has scale head_dim ** -0.5 only, got {scale:g}. "
-            'Use provider="triton".'
-        )
 
 
 def _padded(x: Tensor) -> Tensor:
@@ -101,6 +86,11 @@ def _why_not(call: AttentionCall, capability: Capability) -> list[str]:
         reasons.append(f"batch {call.batch}, its kernel takes 1")
     if call.head_dim not in _HEAD_DIMS:
         reasons.append(f"head_dim {call.head_dim}, not {' or '.join(map(str, _HEAD_DIMS))}")
+    blocks = call.param("block_q"), call.param("block_k")
+    if blocks not in ((None, None), (_BLOCK, _BLOCK)):
+        reasons.append(f"blocks of {blocks[0]} x {blocks[1]}, it has {_BLOCK} x {_BLOCK}")
+    if call.scale is not None and not math.isclose(call.scale, default_scale(None, call.head_dim)):
+        reasons.append(f"scale {call.scale:g}, it has head_dim ** -0.5 only")
     return reasons
 
 

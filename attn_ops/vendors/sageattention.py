@@ -13,7 +13,6 @@ from torch import Tensor
 
 from ..call import AttentionCall
 from ..capability import Capability
-from ..errors import UnsupportedError
 from ..layout import like_query
 from ..quantize import mean_scores
 from ..spec import Kernel, Provider, Support
@@ -26,25 +25,15 @@ _LONGEST_FP8_ON_SM120 = 160_000
 _GARBAGE_ON_SM90 = (2, 2, 0)
 
 
-def function_for(sm: int, qk_quant: str, pv: str, seq_k: int) -> tuple[str, dict[str, str]]:
+def function_for(sm: int, qk_quant: str, pv: str) -> tuple[str, dict[str, str]]:
     """Name the package's function, with the arguments it needs beyond the common ones.
 
     On sm90 with pv="fp8" it groups 16 rows of q and 128 of k where `quantize_qk` groups 32 and 64.
-
-    Raises:
-        UnsupportedError: if the package cannot compute this on the machine.
     """
-    if qk_quant == "per_block" and pv == "fp16" and sm not in _CONSUMER_BLACKWELL:
-        return "sageattn_qk_int8_pv_fp16_triton", {}
     if qk_quant == "per_block":
-        raise _unsupported(f'qk_quant="per_block" with pv="{pv}" on sm{sm}')
+        return "sageattn_qk_int8_pv_fp16_triton", {}
     if pv == "fp16":
         return "sageattn_qk_int8_pv_fp16_cuda", {"qk_quant_gran": qk_quant, "pv_accum_dtype": "fp32"}
-    if sm < 89:
-        raise _unsupported(f'pv="fp8" on sm{sm}')
-    # https://github.com/thu-ml/SageAttention/issues/388
-    if sm in _CONSUMER_BLACKWELL and seq_k > _LONGEST_FP8_ON_SM120:
-        raise _unsupported(f'pv="fp8" with {seq_k} keys on sm{sm} (noise beyond {_LONGEST_FP8_ON_SM120})')
     name = "sageattn_qk_int8_pv_fp8_cuda_sm90" if sm == 90 else "sageattn_qk_int8_pv_fp8_cuda"
     return name, {"qk_quant_gran": qk_quant, "pv_accum_dtype": "fp32+fp32"}
 
@@ -57,7 +46,7 @@ def load() -> Kernel:
         q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, scale: float, qk_quant: str, pv: str, smooth_k: bool
     ) -> tuple[Tensor, Tensor]:
         sm = Capability.current(q.device).sm or 0
-        name, arguments = function_for(sm, qk_quant, pv, k.shape[2])
+        name, arguments = function_for(sm, qk_quant, pv)
         k_mean = k.float().mean(dim=-2, keepdim=True) if smooth_k else None
         with on_default_stream(PACKAGE, q):
             out, lse = getattr(package, name)(
@@ -77,20 +66,28 @@ def load() -> Kernel:
     return attention
 
 
-def _why_not(_call: AttentionCall, capability: Capability) -> list[str]:
+def _why_not(call: AttentionCall, capability: Capability) -> list[str]:
     reasons = []
     if capability.sm is not None and capability.sm not in _SMS:
         reasons.append(f"has kernels for {', '.join(f'sm{sm}' for sm in _SMS)}, not for sm{capability.sm}")
+    elif capability.sm is not None:
+        reasons += _missing_functions(capability.sm, call)
     # https://github.com/thu-ml/SageAttention/issues/320
     if capability.sm == 90 and capability.version_of(PACKAGE) == _GARBAGE_ON_SM90:
         reasons.append("sageattention 2.2.0 returns uninitialised memory on sm90")
     return reasons
 
 
-def _unsupported(what: str) -> UnsupportedError:
-    return UnsupportedError(
-        f'sage_attention: sageattention has no kernel for {what}. Use provider="triton", or other parameters.'
-    )
+def _missing_functions(sm: int, call: AttentionCall) -> list[str]:
+    qk_quant, pv = call.param("qk_quant"), call.param("pv")
+    if qk_quant == "per_block" and (pv == "fp8" or sm in _CONSUMER_BLACKWELL):
+        return [f'has no kernel for qk_quant="per_block" with pv="{pv}" on sm{sm}']
+    if pv == "fp8" and sm < 89:
+        return [f'has no kernel for pv="fp8" on sm{sm}']
+    # https://github.com/thu-ml/SageAttention/issues/388
+    if pv == "fp8" and sm in _CONSUMER_BLACKWELL and call.seq_k > _LONGEST_FP8_ON_SM120:
+        return [f'pv="fp8" with {call.seq_k} keys on sm{sm} gives noise beyond {_LONGEST_FP8_ON_SM120}']
+    return []
 
 
 PROVIDER = Provider(

@@ -347,10 +347,10 @@ def test_head_dim_beyond_256_is_a_reason() -> None:
 
 
 def test_fp8_needs_a_gpu_that_has_it() -> None:
-    with pytest.raises(UnsupportedError, match=r'pv="fp8" needs sm89 or newer, this is sm80 \(A100\). Use pv="fp16"'):
-        sage._require_fp8(Capability.of("sm80"))
-    sage._require_fp8(Capability.of("sm89"))
-    sage._require_fp8(Capability.of("cpu"))
+    call = AttentionCall(1, 8, 8, 4096, 4096, 64, dtype=torch.bfloat16, device="cuda", params=(("pv", "fp8"),))
+    provider = sage.BACKEND.provider("triton")
+    assert provider.reasons(call, Capability.of("sm80")) == ['pv="fp8" needs sm89 or newer, this is sm80 (A100)']
+    assert provider.reasons(call, Capability.of("sm89")) == []
 
 
 @pytest.mark.parametrize(

@@ -192,12 +192,13 @@ def test_sageattention_calls_what_was_asked(
         (89, "per_block", "fp8", 64, 'no kernel for qk_quant="per_block" with pv="fp8" on sm89'),
         (120, "per_block", "fp16", 64, 'no kernel for qk_quant="per_block" with pv="fp16" on sm120'),
         (86, "per_thread", "fp8", 64, 'no kernel for pv="fp8" on sm86'),
-        (120, "per_thread", "fp8", 160_001, 'no kernel for pv="fp8" with 160001 keys on sm120'),
+        (120, "per_thread", "fp8", 160_001, 'pv="fp8" with 160001 keys on sm120 gives noise'),
     ],
 )
 def test_sageattention_says_what_it_cannot(sm: int, qk_quant: str, pv: str, seq_k: int, sentence: str) -> None:
-    with pytest.raises(UnsupportedError, match=f'{sentence}.*Use provider="triton"'):
-        sageattention.function_for(sm, qk_quant, pv, seq_k)
+    call = a_call(seq_k=seq_k, params=(("qk_quant", qk_quant), ("pv", pv)))
+    (reason,) = sageattention.PROVIDER.reasons(call, Capability.of(f"sm{sm}", {"sageattention": "2.2.0"}))
+    assert sentence in reason
 
 
 @pytest.mark.parametrize(
@@ -341,17 +342,6 @@ def test_fastvideo_kernel(
     assert out.stride() == q.stride()
 
 
-def test_fastvideo_kernel_refuses_other_blocks_and_scales(monkeypatch: pytest.MonkeyPatch) -> None:
-    install(monkeypatch, "fastvideo_kernel.block_sparse_attn", block_sparse_attn_sm90=None)
-    monkeypatch.setitem(sys.modules, "fastvideo_kernel", SimpleNamespace())
-    q, k, v = inputs(dtype=torch.bfloat16)
-    lists = torch.zeros(1, 1, 1, 1, dtype=torch.int32), torch.ones(1, 1, 1, dtype=torch.int32)
-    with pytest.raises(UnsupportedError, match="blocks of 64 x 64, got 128 x 128"):
-        fastvideo_kernel.load()(q, k, v, *lists, block_q=128, block_k=128, scale=64**-0.5)
-    with pytest.raises(UnsupportedError, match=r"scale head_dim \*\* -0.5 only, got 0.2"):
-        fastvideo_kernel.load()(q, k, v, *lists, block_q=64, block_k=64, scale=0.2)
-
-
 @pytest.mark.parametrize(
     ("machine", "changes", "sentence"),
     [
@@ -363,6 +353,9 @@ def test_fastvideo_kernel_refuses_other_blocks_and_scales(monkeypatch: pytest.Mo
         ("sm90", {"dtype": torch.float16}, "dtype float16, not bfloat16"),
         ("sm90", {"causal": True}, "causal attention is not supported"),
         ("sm90", {"needs_grad": True}, "a gradient is needed and it has none"),
+        ("sm90", {"params": (("block_q", 64), ("block_k", 64)), "scale": 0.125}, None),
+        ("sm90", {"params": (("block_q", 128), ("block_k", 128))}, "blocks of 128 x 128, it has 64 x 64"),
+        ("sm90", {"scale": 0.2}, "scale 0.2, it has head_dim ** -0.5 only"),
     ],
 )
 def test_fastvideo_kernel_deny_list(machine: str, changes: dict[str, Any], sentence: str | None) -> None:
