@@ -170,8 +170,9 @@ def module_path(node: fx.Node) -> str:
     if not stack:
         return ""
     path, _ = list(stack.values())[-1]
-    path = re.sub(r"^(L\['\w+'\]|self)\.?", "", path)
-    return re.sub(r"\._modules\['([^']*)'\]|\[(\d+)\]|\['([^']*)'\]", lambda m: f".{m[1] or m[2] or m[3]}", path)
+    path = re.sub(r"^(L\['\w+'\]|self)", "", path)
+    path = re.sub(r"\.__dict__\['_modules'\]|\._modules", "", path)
+    return re.sub(r"\[(\d+)\]|\['([^']*)'\]", lambda match: f".{match[1] or match[2]}", path).removeprefix(".")
 
 
 def source_line(node: fx.Node) -> str:

@@ -184,7 +184,7 @@ def _decision(
 
 
 def _sentence(number: int, rule: Rule, failed: list[_Trial], chosen: str) -> str:
-    wish = f"rule {number} {rule.mode}s {', then '.join(rule.use)}"
+    wish = rule.why or f"rule {number} {rule.mode}s {', then '.join(rule.use)}"
     refusals = [f"{trial.name} cannot: {trial.refusal}" for trial in failed]
     fallback = ["left dense"] if chosen not in rule.use else []
     return ". ".join([wish, *refusals, *fallback])

@@ -20,7 +20,8 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from PIL import Image, ImageDraw
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
+from torch.autograd.profiler import profile
+from torch.autograd.profiler_util import FunctionEvent
 
 import sparseattn
 
@@ -30,6 +31,7 @@ from shapes import sample_captions
 DENSE = "dense"
 POLICIES = ("exact", "auto", "fast")
 _SHEET_FRAMES, _ZOOM, _MARGIN = 8, 2, 60
+_PROFILED = 5
 
 
 @dataclass
@@ -41,7 +43,7 @@ class Run:
     clip: Tensor
     scheduler: FlowMatchEulerDiscreteScheduler
     seconds: list[float] = field(default_factory=list)
-    attention_ms: float = math.nan
+    attention_ms: list[float] = field(default_factory=list)
 
     def predict(self, time_step: Tensor, caption: Tensor) -> Tensor:
         """The velocity at one step."""
@@ -73,38 +75,29 @@ def compile_runs(frames: int, steps: int, seed: int, caption: Tensor) -> list[Ru
         run = Run(name, model, initial_noise(1, frames, seed), scheduler)
         run.predict(scheduler.timesteps[0], caption)
         print(f"compiled {name} in {time.perf_counter() - start:.0f} s", flush=True)
-        run.attention_ms = attention_time(lambda run=run: run.predict(run.scheduler.timesteps[0], caption))
         if name != DENSE:
-            print(f"{sparseattn.last_report()}\n", flush=True)
+            report = sparseattn.last_report()
+            print(report if name == POLICIES[-1] else report.summary(), flush=True)
         runs.append(run)
     return runs
 
 
-def attention_time(forward: Callable[[], object], repeats: int = 3) -> float:
-    """Milliseconds that attention ops take in one forward, selection and layout included (median)."""
-    totals = []
-    for _ in range(repeats):
-        with profile(activities=[ProfilerActivity.CPU]) as trace:
-            forward()
-        outermost = [
-            e for e in trace.events() if is_attention(e.name) and not (e.cpu_parent and is_nested(e.cpu_parent))
-        ]
-        totals.append(sum(event.cpu_time_total for event in outermost) / 1e3)
-    return statistics.median(totals)
+def attention_time(run: Run, caption: Tensor) -> float:
+    """Milliseconds that the attention ops take in one forward, selection and layout included."""
+    with profile(use_kineto=False) as trace:
+        run.predict(run.scheduler.timesteps[0], caption)
+    outermost = [event for event in trace.function_events if is_attention(event) and not is_nested(event.cpu_parent)]
+    return sum(event.cpu_time_total for event in outermost) / 1e3
 
 
-def is_attention(name: str) -> bool:
+def is_attention(event: FunctionEvent) -> bool:
     """Whether a profiler event is an attention op, ours or torch's."""
-    return name.startswith("sparseattn::") or "scaled_dot_product" in name
+    return event.name.startswith("sparseattn::") or "scaled_dot_product" in event.name
 
 
-def is_nested(event: object) -> bool:
+def is_nested(event: FunctionEvent | None) -> bool:
     """Whether an event is, or lies in, an attention op."""
-    while event is not None:
-        if is_attention(event.name):
-            return True
-        event = event.cpu_parent
-    return False
+    return event is not None and (is_attention(event) or is_nested(event.cpu_parent))
 
 
 def psnr(clip: Tensor, reference: Tensor) -> float:
@@ -135,9 +128,12 @@ def print_times(runs: list[Run]) -> None:
     print(f"{'run':<8}{'s / step':>9}{'total s':>9}{'speed':>8}{'attention ms':>14}{'speed':>8}{'PSNR dB':>10}")
     for run in runs:
         step = statistics.median(run.seconds)
-        speed, attention = statistics.median(dense.seconds) / step, dense.attention_ms / run.attention_ms
+        speed, attention = (
+            statistics.median(dense.seconds) / step,
+            statistics.median(dense.attention_ms) / statistics.median(run.attention_ms),
+        )
         quality = "-" if run is dense else f"{psnr(run.clip, dense.clip):.1f}"
-        times = f"{step:>9.3f}{sum(run.seconds):>9.1f}{speed:>7.2f}x{run.attention_ms:>14.1f}{attention:>7.2f}x"
+        times = f"{step:>9.3f}{sum(run.seconds):>9.1f}{speed:>7.2f}x{statistics.median(run.attention_ms):>14.1f}{attention:>7.2f}x"
         print(f"{run.name:<8}{times}{quality:>10}")
 
 
@@ -155,6 +151,9 @@ def main() -> None:
     for i in range(options.steps):
         for run in runs:
             run.step(run.scheduler.timesteps[i], caption)
+    for _ in range(_PROFILED):
+        for run in runs:
+            run.attention_ms.append(attention_time(run, caption))
     print_times(runs)
     options.out.mkdir(parents=True, exist_ok=True)
     sheet = options.out / "contact_sheet.png"

@@ -224,3 +224,21 @@ def test_one_info_line_per_graph(caplog: pytest.LogCaptureFixture) -> None:
     lines = [record.message for record in caplog.records if record.name == "sparseattn"]
     assert len(lines) == 1
     assert "2 attention sites: 2 flash" in lines[0]
+
+
+@pytest.mark.parametrize(
+    ("recorded", "path"),
+    [
+        ("L['self'].blocks.0.attn1", "blocks.0.attn1"),
+        ("L['self'].__dict__['_modules']['blocks'].0.attn1", "blocks.0.attn1"),
+        ("L['model']._modules['layers'][3].attn", "layers.3.attn"),
+        ("L['self']", ""),
+        ("blocks.0", "blocks.0"),
+    ],
+)
+def test_module_paths_are_read_however_dynamo_writes_them(recorded: str, path: str) -> None:
+    from sparseattn.fx_passes.sites import module_path
+
+    node = torch.fx.Graph().placeholder("x")
+    node.meta["nn_module_stack"] = {"0": (recorded, torch.nn.Module)}
+    assert module_path(node) == path
