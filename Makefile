@@ -25,6 +25,7 @@ $(VENV)/.ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet --disable-pip-version-check torch==2.13.0
 	$(RUN) -m pip install --quiet --disable-pip-version-check --editable ".[dev]"
+	mkdir -p $(VENV)/types && ln -sfn "$(CURDIR)" $(VENV)/types/sparseattn
 	touch $@
 
 clean:

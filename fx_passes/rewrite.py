@@ -12,7 +12,6 @@ import contextlib
 import functools
 import operator
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -47,12 +46,6 @@ def rewrite_graph(module: fx.GraphModule, policy: Policy, capability: Capability
     return Report(tuple(rows), policy.name, policy.hash, str(capability or _capability_of(rows)))
 
 
-@dataclass(frozen=True)
-class _Outcome:
-    site: CallSite
-    decision: Decision
-
-
 def _graphs(module: fx.GraphModule) -> Iterator[fx.GraphModule]:
     """The graph and, depth first, its sub-graphs."""
     yield module
@@ -64,23 +57,22 @@ def _graphs(module: fx.GraphModule) -> Iterator[fx.GraphModule]:
 def _rewrite_one(module: fx.GraphModule, policy: Policy, capability: Capability | None) -> list[Row]:
     opaque = [_opaque_row(node, reason, capability) for node, reason in opaque_sites(module)]
     records = {record.site: record for record in (*open_multihead(module), *fuse_unfused(module))}
-    outcomes = [_Outcome(site, _decide(site, policy, capability)) for site in find_sites(module)]
-    for outcome in outcomes:
-        record = records.get(outcome.site.node)
-        if not outcome.decision.is_dense:
-            _replace(outcome.site, outcome.decision)
-            if record is not None:
-                record.commit()
-        elif record is not None:
+    rows, dense = [], set()
+    for site in find_sites(module):  # each is read after the ones before it were replaced: one may feed another
+        decision = decide(site.call, capability or Capability.current(site.device), policy, module=site.module)
+        rows.append(Row(site.module, site.source, site.call, decision))
+        if decision.is_dense:
+            dense.add(site.node)
+        else:
+            _replace(site, decision)
+    for site_node, record in records.items():
+        if site_node in dense:
             record.restore()
-    if any(not outcome.decision.is_dense for outcome in outcomes) or records:
-        module.graph.lint()
-        module.recompile()
-    return [*(Row(o.site.module, o.site.source, o.site.call, o.decision) for o in outcomes), *opaque]
-
-
-def _decide(site: CallSite, policy: Policy, capability: Capability | None) -> Decision:
-    return decide(site.call, capability or Capability.current(site.device), policy, module=site.module)
+        else:
+            record.commit()
+    module.graph.lint()
+    module.recompile()
+    return [*rows, *opaque]
 
 
 def _opaque_row(node: fx.Node, reason: str, capability: Capability | None) -> Row:

@@ -17,7 +17,7 @@ from torch import Tensor, fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from ..attn_ops.call import AttentionCall, MaskKind
-from .normalize.graph import value_of
+from .normalize.graph import number_of, value_of
 from .normalize.masks import prove_mask
 from .normalize.repeat_kv import peel_repeat_kv
 
@@ -59,8 +59,8 @@ class CallSite:
 
 
 def find_sites(module: fx.GraphModule) -> Iterator[CallSite]:
-    """Every SDPA node of one graph in graph order; sub-graphs are not entered."""
-    for node in module.graph.nodes:
+    """Every SDPA node of one graph in graph order, each read when it is asked for; sub-graphs are not entered."""
+    for node in list(module.graph.nodes):
         if node.op == "call_function" and node.target in SDPA_TARGETS:
             yield read_site(node)
 
@@ -68,7 +68,8 @@ def find_sites(module: fx.GraphModule) -> Iterator[CallSite]:
 def read_site(node: fx.Node) -> CallSite:
     """Describe one SDPA node."""
     given: dict[str, Any] = {**_DEFAULTS, **dict(zip(_PARAMETERS, node.args, strict=False)), **node.kwargs}
-    q, k, v, scale = given["query"], given["key"], given["value"], given["scale"]
+    q, k, v, scale = given["query"], given["key"], given["value"], number_of(given["scale"])
+    scale = given["scale"] if scale is None else scale
     common = {"node": node, "scale": scale, "module": module_path(node), "source": source_line(node)}
     values = [value_of(operand) for operand in (q, k, v)]
     if barrier := _why_unreadable(values):
@@ -78,7 +79,7 @@ def read_site(node: fx.Node) -> CallSite:
     heads = values[0].shape[1]
     k, v = _peel_together(k, v, heads)
     call = _describe(value_of(q), value_of(k), value_of(v), value_of(node))
-    call = _with_mask(replace(call, scale=scale if isinstance(scale, float | int) else None), given)
+    call = _with_mask(replace(call, scale=None if isinstance(scale, fx.Node) else scale), given)
     return CallSite(q=q, k=k, v=v, call=call, device=values[0].device, **common)
 
 
@@ -151,9 +152,10 @@ def _with_mask(call: AttentionCall, given: dict[str, Any]) -> AttentionCall:
     causal, dropout, mask = given["is_causal"], given["dropout_p"], given["attn_mask"]
     if not isinstance(causal, bool):
         return replace(call, barrier="is_causal is computed in the graph")
-    if not isinstance(dropout, float | int):
+    dropout = number_of(dropout)
+    if dropout is None:
         return replace(call, barrier="dropout_p is computed in the graph")
-    call = replace(call, causal=causal, dropout=float(dropout))
+    call = replace(call, causal=causal, dropout=dropout)
     if mask is None:
         return call
     fact = None if causal else prove_mask(mask, call.seq_q, call.seq_k)

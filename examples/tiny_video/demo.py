@@ -127,14 +127,11 @@ def print_times(runs: list[Run]) -> None:
     dense = runs[0]
     print(f"{'run':<8}{'s / step':>9}{'total s':>9}{'speed':>8}{'attention ms':>14}{'speed':>8}{'PSNR dB':>10}")
     for run in runs:
-        step = statistics.median(run.seconds)
-        speed, attention = (
-            statistics.median(dense.seconds) / step,
-            statistics.median(dense.attention_ms) / statistics.median(run.attention_ms),
-        )
+        step, attention = statistics.median(run.seconds), statistics.median(run.attention_ms)
+        faster = statistics.median(dense.seconds) / step, statistics.median(dense.attention_ms) / attention
         quality = "-" if run is dense else f"{psnr(run.clip, dense.clip):.1f}"
-        times = f"{step:>9.3f}{sum(run.seconds):>9.1f}{speed:>7.2f}x{statistics.median(run.attention_ms):>14.1f}{attention:>7.2f}x"
-        print(f"{run.name:<8}{times}{quality:>10}")
+        times = f"{step:>9.3f}{sum(run.seconds):>9.1f}{faster[0]:>7.2f}x"
+        print(f"{run.name:<8}{times}{attention:>14.1f}{faster[1]:>7.2f}x{quality:>10}")
 
 
 @torch.no_grad()

@@ -226,6 +226,18 @@ def test_one_info_line_per_graph(caplog: pytest.LogCaptureFixture) -> None:
     assert "2 attention sites: 2 flash" in lines[0]
 
 
+def test_unfused_attention_that_feeds_attention() -> None:
+    def attend(q, k, v):
+        first = torch.softmax(q @ k.mT * 0.3, dim=-1) @ v
+        return torch.softmax(first @ k.mT * 0.3, dim=-1) @ first
+
+    q, k, v = torch.randn(3, 1, 2, 32, 16)
+    torch.testing.assert_close(_compile(attend)(q, k, v), attend(q, k, v), rtol=1e-4, atol=1e-5)
+    assert sparseattn.last_report().rewritten == 2
+    first_only = {"rules": [{"use": "flash", "max_seq": 32, "min_seq": 32}]}
+    torch.testing.assert_close(_compile(attend, first_only)(q, k, v), attend(q, k, v), rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("recorded", "path"),
     [
