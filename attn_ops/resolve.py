@@ -34,7 +34,7 @@ def forward_kernel(
     """The forward kernel of a backend for these tensors and parameters.
 
     Raises:
-        PolicyError: if the backend has no provider of that name.
+        ArgumentError: if the backend has no provider of that name.
         UnsupportedError: if the provider, or with "auto" every provider, has a reason not to serve the call.
     """
     shapes = q.device, q.dtype, q.shape, k.shape

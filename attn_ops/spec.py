@@ -6,6 +6,7 @@ backend states them once and every one of them gets the same sentence everywhere
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -14,7 +15,7 @@ import torch
 
 from .call import FLOAT_DTYPES, AttentionCall, Params, ParamValue, dtype_name
 from .capability import Capability, version_numbers
-from .errors import PolicyError, nearest
+from .errors import ArgumentError, PolicyError, nearest
 
 Kernel = Callable[..., Any]
 WhyNot = Callable[[AttentionCall, Capability], list[str]]
@@ -98,6 +99,20 @@ class Support:
     def dtype_names(self) -> list[str]:
         """Names of the dtypes, for messages."""
         return [dtype_name(dtype) for dtype in self.dtypes]
+
+
+TRITON_FORWARD = Support(grad=False, devices=("cuda",), min_sm=80, package="triton", min_version="3.6")
+"""The requirements of our Triton kernels that have no backward."""
+
+
+def later(module: str, name: str) -> Callable[[], Kernel]:
+    """A loader that imports `sparseattn.attn_ops.<module>` when it is first asked and returns its function `name`."""
+
+    def load() -> Kernel:
+        kernel: Kernel = getattr(importlib.import_module(f".{module}", __package__), name)
+        return kernel
+
+    return load
 
 
 @dataclass(frozen=True)
@@ -209,12 +224,13 @@ class BackendSpec:
         """The provider of that name.
 
         Raises:
-            PolicyError: if there is none; the message names the nearest.
+            ArgumentError: if there is none; the message names the nearest.
         """
         for provider in self.providers:
             if provider.name == name:
                 return provider
-        raise PolicyError(f"{self.name}: unknown provider {name!r}. {nearest(name, [p.name for p in self.providers])}")
+        hint = nearest(name, [provider.name for provider in self.providers])
+        raise ArgumentError(self.op, "provider", "be one that it has", repr(name), hint)
 
     def check_params(self, params: Mapping[str, object], where: str) -> dict[str, ParamValue]:
         """The parameters, converted and checked against their ranges.

@@ -11,11 +11,11 @@ from ..checks import check_integers, check_qkv, default_scale
 from ..errors import ArgumentError
 from ..op import define_op
 from ..resolve import AUTO, backward_kernel, forward_kernel
-from ..spec import BackendSpec, Kernel, Provider, Support
+from ..spec import TRITON_FORWARD, BackendSpec, Provider, Support, later
 from ..vendors import fastvideo_kernel
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    pass
 
 NAME, OP = "block_sparse", "block_sparse_attention"
 
@@ -155,33 +155,6 @@ def _backward(
     return grads
 
 
-def _triton() -> Kernel:
-    from ..kernels.triton import block_sparse
-
-    kernel: Kernel = block_sparse.attention
-    return kernel
-
-
-def _cpu(name: str) -> Callable[[], Kernel]:
-    def load() -> Kernel:
-        from ..kernels.cpu import block_sparse
-
-        kernel: Kernel = getattr(block_sparse, name)
-        return kernel
-
-    return load
-
-
-def _reference(name: str) -> Callable[[], Kernel]:
-    def load() -> Kernel:
-        from ..reference import block_sparse
-
-        kernel: Kernel = getattr(block_sparse, name)
-        return kernel
-
-    return load
-
-
 define_op(
     OP,
     "Tensor block_index, Tensor block_count, Tensor? key_sizes=None, *, int block_q, int block_k, bool causal=False, "
@@ -202,22 +175,22 @@ BACKEND = BackendSpec(
         Provider(
             "triton",
             "pointer kernel for sm_80 and newer",
-            load=_triton,
-            support=Support(grad=False, devices=("cuda",), min_sm=80, package="triton", min_version="3.6"),
+            load=later("kernels.triton.block_sparse", "attention"),
+            support=TRITON_FORWARD,
         ),
         Provider(
             "cpu",
             "gathered blocks through PyTorch's CPU flash kernel",
-            load=_cpu("attention"),
-            load_backward=_cpu("attention_backward"),
+            load=later("kernels.cpu.block_sparse", "attention"),
+            load_backward=later("kernels.cpu.block_sparse", "attention_backward"),
             support=Support(devices=("cpu",)),
         ),
         fastvideo_kernel.PROVIDER,
         Provider(
             "reference",
             "plain PyTorch, the definition",
-            load=_reference("block_sparse_attention"),
-            load_backward=_reference("block_sparse_attention_backward"),
+            load=later("reference.block_sparse", "block_sparse_attention"),
+            load_backward=later("reference.block_sparse", "block_sparse_attention_backward"),
         ),
     ),
 )

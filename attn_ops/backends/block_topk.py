@@ -16,7 +16,7 @@ from ..checks import check_qkv, default_scale
 from ..errors import ArgumentError
 from ..op import define_op
 from ..resolve import AUTO, backward_kernel, forward_kernel
-from ..spec import BackendSpec, Kernel, Param, Provider, Support
+from ..spec import TRITON_FORWARD, BackendSpec, Kernel, Param, Provider, Support, later
 from ..topk import choose_blocks
 
 NAME, OP = "block_topk", "block_topk_attention"
@@ -186,16 +186,6 @@ def _backward_through(provider: str) -> Callable[[], Kernel]:
     return lambda: kernel
 
 
-def _reference(name: str) -> Callable[[], Kernel]:
-    def load() -> Kernel:
-        from ..reference import block_topk
-
-        kernel: Kernel = getattr(block_topk, name)
-        return kernel
-
-    return load
-
-
 def _break_even(call: AttentionCall, capability: Capability) -> str | None:
     least = _LEAST_SEQ_CAUSAL if call.causal else _LEAST_SEQ
     if capability.device == "cpu" and call.seq_k < least:
@@ -231,7 +221,7 @@ BACKEND = BackendSpec(
             "triton",
             "selection in PyTorch, attention in the pointer kernel for sm_80 and newer",
             load=_through("triton"),
-            support=Support(grad=False, devices=("cuda",), min_sm=80, package="triton", min_version="3.6"),
+            support=TRITON_FORWARD,
         ),
         Provider(
             "cpu",
@@ -243,8 +233,8 @@ BACKEND = BackendSpec(
         Provider(
             "reference",
             "plain PyTorch, the definition",
-            load=_reference("block_topk_attention"),
-            load_backward=_reference("block_topk_attention_backward"),
+            load=later("reference.block_topk", "block_topk_attention"),
+            load_backward=later("reference.block_topk", "block_topk_attention_backward"),
         ),
     ),
 )

@@ -13,7 +13,7 @@ from ..checks import check_qkv, default_scale
 from ..errors import ArgumentError
 from ..op import define_op
 from ..resolve import AUTO, backward_kernel, forward_kernel
-from ..spec import BackendSpec, Kernel, Provider, Support
+from ..spec import BackendSpec, Kernel, Provider, Support, later
 from ..vendors import flash_attn
 
 if TYPE_CHECKING:
@@ -139,16 +139,6 @@ def _why_not_fused(call: AttentionCall, capability: Capability) -> list[str]:
     return []
 
 
-def _reference(name: str) -> Callable[[], Kernel]:
-    def load() -> Kernel:
-        from ..reference import flash
-
-        kernel: Kernel = getattr(flash, name)
-        return kernel
-
-    return load
-
-
 define_op(
     OP,
     "*, bool causal=False, int? window=None, float? scale=None, str provider='auto'",
@@ -178,8 +168,8 @@ BACKEND = BackendSpec(
         Provider(
             "reference",
             "plain PyTorch, the definition",
-            load=_reference("flash_attention"),
-            load_backward=_reference("flash_attention_backward"),
+            load=later("reference.flash", "flash_attention"),
+            load_backward=later("reference.flash", "flash_attention_backward"),
             support=Support(window=True),
         ),
     ),

@@ -11,7 +11,7 @@ from ..checks import check_choice, check_qkv, default_scale
 from ..op import define_op
 from ..quantize import GRANULARITIES
 from ..resolve import AUTO, forward_kernel
-from ..spec import BackendSpec, Kernel, Param, Provider, Support
+from ..spec import TRITON_FORWARD, BackendSpec, Param, Provider, Support, later
 from ..vendors import sageattention
 
 NAME, OP = "sage", "sage_attention"
@@ -106,25 +106,6 @@ def _why_not_triton(call: AttentionCall, capability: Capability) -> list[str]:
     return []
 
 
-def _triton() -> Kernel:
-    from ..kernels.triton import sage
-
-    kernel: Kernel = sage.attention
-    return kernel
-
-
-def _cpu() -> Kernel:
-    from ..kernels.cpu import sage
-
-    return sage.attention
-
-
-def _reference() -> Kernel:
-    from ..reference import sage
-
-    return sage.sage_attention
-
-
 def _break_even(call: AttentionCall, capability: Capability) -> str | None:
     """Measured on one Zen 4 core with pv="fp16", 1024 to 8192 tokens, head_dim 64 and 128; unmeasured on CUDA."""
     if capability.device != "cpu":
@@ -166,16 +147,21 @@ BACKEND = BackendSpec(
         Provider(
             "triton",
             "pointer kernel for sm_80 and newer",
-            load=_triton,
-            support=Support(grad=False, devices=("cuda",), min_sm=80, package="triton", min_version="3.6"),
+            load=later("kernels.triton.sage", "attention"),
+            support=TRITON_FORWARD,
             why_not=_why_not_triton,
         ),
         Provider(
             "cpu",
             "INT8 scores through oneDNN, softmax in fp32",
-            load=_cpu,
+            load=later("kernels.cpu.sage", "attention"),
             support=Support(grad=False, devices=("cpu",)),
         ),
-        Provider("reference", "plain PyTorch, the definition", load=_reference, support=Support(grad=False)),
+        Provider(
+            "reference",
+            "plain PyTorch, the definition",
+            load=later("reference.sage", "sage_attention"),
+            support=Support(grad=False),
+        ),
     ),
 )

@@ -89,7 +89,8 @@ MODES = {
     "unequal_blocks": Case(blocks=(64, 16), seq=(128, 100)),
     "wide_key_blocks": Case(blocks=(16, 128), seq=(48, 300), causal=True),
     "blocks_of_96": Case(blocks=(96, 96), seq=(200, 300), causal=True),
-    "odd_blocks": Case(blocks=(20, 24), seq=(70, 90), causal=True),
+    "wide_key_blocks_key_sizes": Case(blocks=(16, 128), seq=(48, 300), sizes=True),
+    "odd_blocks": Case(blocks=(20, 22), seq=(70, 90), causal=True, density=0.9),
     "odd_blocks_key_sizes": Case(blocks=(24, 20), seq=(70, 90), sizes=True),
 }
 

@@ -1,0 +1,221 @@
+"""SageAttention in Triton, for sm_80 and newer: INT8 scores, then FP16 or (sm_89 and newer) FP8 values.
+
+Quantization is `attn_ops/quantize.py`; a scale per token makes every granularity one kernel. FP32 sums everywhere.
+The sum of weights is taken before they are rounded to FP16 or FP8.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ...errors import UnsupportedError
+from ...layout import empty_result
+from ...quantize import quantize_qk, quantize_v_fp8
+from .device import LN_2, LOG2_E, finish, load, start, weigh
+from .tiles import on_device, padded_head_dim, sage_tile, target_arch
+
+_LEAST_FACTOR = tl.constexpr(2.0**-120)
+_LEAST_INT8_DIM = 32
+_FP8_ARCH = 89
+_FP8_ALIGNMENT = 16
+_FP8_PEAK_LOG2 = tl.constexpr(8.807354922057604)  # log2(448), the largest e4m3 number: weights fill its range
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool,
+    scale: float,
+    qk_quant: str,
+    pv: str,
+    smooth_k: bool,
+) -> tuple[Tensor, Tensor]:
+    """Quantized attention of every query to every key.
+
+    Args:
+        q: (B, Hq, Sq, D) fp32, fp16 or bf16, D up to 256, unit stride on D.
+        k: (B, Hkv, Sk, D); query head h reads head h // (Hq / Hkv).
+        v: (B, Hkv, Sk, D).
+        causal: token i sees keys 0 ... i (top-left).
+        scale: factor on the scores.
+        qk_quant: granularity of the INT8 scales of q and k, "per_block", "per_warp" or "per_thread".
+        pv: "fp16": weights and v in FP16; "fp8": in e4m3, v with a scale per channel.
+        smooth_k: subtract k's mean over tokens before quantization.
+
+    Returns:
+        out: like q.
+        lse: (B, Hq, Sq) fp32, natural logarithm, of the scores with k's mean.
+
+    Raises:
+        UnsupportedError: for pv="fp8" on a GPU older than sm_89.
+    """
+    if q.numel() == 0 or k.numel() == 0:
+        return empty_result(q)
+    if scale < 0:
+        q, scale = -q, -scale
+    batch, heads, seq_q, head_dim = q.shape
+    seq_k, dim = k.shape[2], padded_head_dim(head_dim, least=_LEAST_INT8_DIM)
+    out, lse = torch.empty_like(q), q.new_empty(q.shape[:-1], dtype=torch.float32)
+    with on_device(q):
+        arch, tile = target_arch(), sage_tile(dim)
+        if pv == "fp8" and arch < _FP8_ARCH:
+            needs = f'pv="fp8" needs sm_{_FP8_ARCH} or newer, got sm_{arch}'
+            raise UnsupportedError(f'sage_attention: {needs}. Use pv="fp16".')
+        qk = quantize_qk(q, k, granularity=qk_quant, smooth_k=smooth_k)
+        v, v_scale = _values(v, pv)
+        tiles_q = triton.cdiv(seq_q, tile.rows)
+        _forward[(tiles_q * heads * batch,)](
+            *(qk.q, qk.q.stride()[:3], qk.q_scale, qk.k, qk.k.stride()[:3], qk.k_scale, v, v.stride(), v_scale),
+            *(q, q.stride()[:3], qk.k_mean, out, out.stride()[:3], lse),
+            *(scale * LOG2_E, tiles_q, heads, heads // k.shape[1], seq_q, seq_k),
+            CAUSAL=causal,
+            SHORT_TAIL=seq_k % tile.keys != 0,
+            ROWS=tile.rows,
+            KEYS=tile.keys,
+            HEAD_DIM=head_dim,
+            DIM=dim,
+            num_warps=tile.warps,
+            num_stages=tile.stages,
+        )
+    return out, lse
+
+
+def _values(v: Tensor, pv: str) -> tuple[Tensor, Tensor | None]:
+    """Return v as the kernel multiplies it, (B, Hkv, Sk, D), and the scale of its channels, (B, Hkv, D), if it has one.
+
+    In FP8 the tokens of a channel are contiguous and start at an aligned address: 8-bit tensor cores take no other
+    order, and the kernel would have to transpose every tile in registers.
+    """
+    if pv == "fp16":
+        return v.to(torch.float16), None
+    v, scale = quantize_v_fp8(v)
+    batch, heads, seq_k, head_dim = v.shape
+    aligned = v.new_empty(batch, heads, head_dim, seq_k + -seq_k % _FP8_ALIGNMENT)[..., :seq_k].mT
+    return aligned.copy_(v), scale
+
+
+@triton.jit(do_not_specialize=["Lse", "tiles_q", "heads", "group", "seq_q", "seq_k"])
+def _forward(
+    Q8,
+    q8_strides,
+    QScale,
+    K8,
+    k8_strides,
+    KScale,
+    V,
+    v_strides,
+    VScale,
+    Q,
+    q_strides,
+    KMean,
+    Out,
+    out_strides,
+    Lse,
+    scale_log2,
+    tiles_q,
+    heads,
+    group,
+    seq_q,
+    seq_k,
+    CAUSAL: tl.constexpr,
+    SHORT_TAIL: tl.constexpr,
+    ROWS: tl.constexpr,
+    KEYS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    DIM: tl.constexpr,
+):
+    EDGE_KEYS: tl.constexpr = KEYS // 2  # masks take registers, and half a tile gives them back
+    PEAK_LOG2: tl.constexpr = _FP8_PEAK_LOG2 if V.dtype.element_ty == tl.float8e4nv else 0.0
+    tile = tl.program_id(0) % tiles_q
+    if CAUSAL:
+        tile = tiles_q - 1 - tile  # the rows with the most keys start first
+    batch = (tl.program_id(0) // tiles_q // heads).to(tl.int64)
+    head = (tl.program_id(0) // tiles_q % heads).to(tl.int64)
+    kv_head = head // group
+    kv_plane = batch * (heads // group) + kv_head
+    lse_plane = (batch * heads + head) * seq_q
+
+    row = tile * ROWS + tl.arange(0, ROWS)
+    row_exists = row < seq_q
+    dim = tl.arange(0, DIM)
+    channel_exists = dim < HEAD_DIM
+    element = row_exists[:, None] & channel_exists[None, :]
+    wide_row = row[:, None].to(tl.int64)
+
+    Q8 += batch * q8_strides[0] + head * q8_strides[1]
+    K8 += batch * k8_strides[0] + kv_head * k8_strides[1]
+    V += batch * v_strides[0] + kv_head * v_strides[1]
+    q = tl.load(Q8 + wide_row * q8_strides[2] + dim[None, :], mask=element, other=0)
+    factor = tl.load(QScale + lse_plane + row, mask=row_exists, other=0.0) * scale_log2
+    factor = tl.where(factor < _LEAST_FACTOR, _LEAST_FACTOR, factor)  # keeps -inf * factor from being NaN
+
+    end = seq_k
+    whole = seq_k // KEYS * KEYS
+    if CAUSAL:
+        end = tl.minimum(seq_k, tile * ROWS + ROWS)
+        whole = tl.minimum(seq_k, tile * ROWS + 1) // KEYS * KEYS
+    keys = (K8, k8_strides[2], KScale + kv_plane * seq_k, V, v_strides[2], v_strides[3], seq_k)
+    state = start(ROWS, DIM)
+    state = _attend(state, q, factor, row, keys, 0, whole, False, False, KEYS, HEAD_DIM, PEAK_LOG2)
+    if CAUSAL or SHORT_TAIL:
+        state = _attend(state, q, factor, row, keys, whole, end, CAUSAL, SHORT_TAIL, EDGE_KEYS, HEAD_DIM, PEAK_LOG2)
+
+    out, lse = finish(state[0], state[1], state[2], PEAK_LOG2)
+    if VScale is not None:
+        v_scale = tl.load(VScale + kv_plane * HEAD_DIM + dim, mask=channel_exists, other=0.0)
+        out = out * v_scale[None, :]
+    if KMean is not None:
+        mean = tl.load(KMean + kv_plane * HEAD_DIM + dim, mask=channel_exists, other=0.0)
+        Q += batch * q_strides[0] + head * q_strides[1]
+        exact_q = tl.load(Q + wide_row * q_strides[2] + dim[None, :], mask=element, other=0.0).to(tl.float32)
+        lse += tl.sum(exact_q * mean[None, :], 1) * scale_log2
+    Out += batch * out_strides[0] + head * out_strides[1]
+    tl.store(Out + wide_row * out_strides[2] + dim[None, :], out.to(Out.dtype.element_ty), mask=element)
+    tl.store(Lse + lse_plane + row, lse * LN_2, mask=row_exists)
+
+
+@triton.jit
+def _attend(
+    state,
+    q,
+    factor,
+    row,
+    keys,
+    first,
+    stop,
+    CAUSAL: tl.constexpr,
+    SHORT_TAIL: tl.constexpr,
+    KEYS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    PEAK_LOG2: tl.constexpr,
+):
+    """Bring the keys first ... stop - 1 into the state."""
+    acc, total, top = state
+    K8, k_stride, KScale, V, v_stride, v_channel_stride, seq_k = keys
+    DIM: tl.constexpr = q.shape[1]
+    token = tl.arange(0, KEYS)
+    dim = tl.arange(0, DIM)
+    for begin in tl.range(first, stop, KEYS):
+        key = begin + token
+        wide_key = key[:, None].to(tl.int64)
+        exists = key < seq_k
+        mask = exists[:, None] if SHORT_TAIL else None
+        if HEAD_DIM != DIM:
+            channel = (dim < HEAD_DIM)[None, :]
+            mask = channel if mask is None else mask & channel
+        k = load(K8 + wide_key * k_stride + dim[None, :], mask)
+        k_scale = load(KScale + key, exists if SHORT_TAIL else None)
+        scores = tl.dot(q, k.T).to(tl.float32) * k_scale[None, :]
+        if SHORT_TAIL:
+            scores = tl.where(exists[None, :], scores, float("-inf"))
+        if CAUSAL:
+            scores = tl.where(key[None, :] <= row[:, None], scores, float("-inf"))
+        weights, total, top, decay = weigh(scores, factor, total, top, PEAK_LOG2)
+        v = load(V + wide_key * v_stride + dim[None, :].to(tl.int64) * v_channel_stride, mask)
+        acc = tl.dot(weights.to(v.dtype), v, acc * decay[:, None])
+    return acc, total, top

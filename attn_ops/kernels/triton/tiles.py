@@ -1,0 +1,69 @@
+"""Tile sizes: what a program of a kernel computes at a time, by architecture, element size and head dimension.
+
+The tables hold what compiles without register spills and fits into shared memory; tests compile every entry.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+_LEAST_TILE = 16
+_LARGE_SHARED_MEMORY = (90, 100, 103)
+
+
+class Tile(NamedTuple):
+    """Queries and keys of one step, warps of a program, and depth of the software pipeline."""
+
+    rows: int
+    keys: int
+    warps: int
+    stages: int
+
+
+def block_sparse_tile(arch: int, itemsize: int, dim: int, block_q: int, block_k: int) -> Tile:
+    """Return the tile of block-sparse attention for these blocks of queries and keys, and `dim` padded channels."""
+    if itemsize == 4:  # without tensor cores: IEEE fp32 products are the contract
+        tile = Tile(32, 32, 8 if arch == 100 and dim <= 64 else 4, 2) if dim <= 128 else Tile(32, 16, 8, 2)
+    elif dim > 128:
+        tile = Tile(64, 32, 8, 2)
+    elif block_q % 128 == 0 and not (dim == 128 and arch == 80):
+        tile = Tile(128, 64, 8, 3 if dim <= 64 or arch in _LARGE_SHARED_MEMORY else 2)
+    elif dim == 128:
+        tile = Tile(64, 64, 4, 3 if arch in _LARGE_SHARED_MEMORY else 2)
+    else:
+        tile = Tile(64, 64, 4, 2 if arch == 100 else 3)
+    return tile._replace(rows=_tile_within(block_q, tile.rows), keys=_tile_within(block_k, tile.keys))
+
+
+def sage_tile(dim: int) -> Tile:
+    """Return the tile of quantized attention with `dim` padded channels, on every architecture."""
+    return Tile(128, 64, 8, 3) if dim <= 128 else Tile(64, 64, 8, 2)
+
+
+def target_arch() -> int:
+    """Return the compute capability that Triton compiles for, such as 90: that of the current GPU."""
+    return int(triton.runtime.driver.active.get_current_target().arch)
+
+
+def on_device(tensor: Tensor) -> AbstractContextManager[object]:
+    """Make the tensor's GPU the current one: Triton launches on the current device, whatever its arguments are on."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+
+
+def padded_head_dim(head_dim: int, least: int = _LEAST_TILE) -> int:
+    """Return the power of two, at least `least`, that holds head_dim channels."""
+    return max(least, int(triton.next_power_of_2(head_dim)))
+
+
+def _tile_within(block: int, most: int) -> int:
+    """Return the largest power of two up to `most` that divides a block of tokens.
+
+    A block that no tile of 16 or more divides takes one that reaches over its end; the kernel masks the rest.
+    """
+    divisor = min(block & -block, most)
+    return divisor if divisor >= _LEAST_TILE else min(padded_head_dim(block), most)
