@@ -10,11 +10,14 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+
+os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # the profiler reads it when torch is imported
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
