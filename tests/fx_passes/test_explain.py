@@ -56,9 +56,9 @@ def test_table_json_and_html_tell_the_same() -> None:
 
 
 def test_require_and_wrong_policy_raise() -> None:
+    wide, policy = SelfAttention(heads=1, head_dim=320), {"rules": [{"use": "flash", "mode": "require"}]}
     with pytest.raises(sparseattn.attn_ops.errors.RequirementError, match="head_dim 320"):
-        rule = {"use": "flash", "mode": "require"}
-        sparseattn.explain(SelfAttention(heads=1, head_dim=320), tokens(channels=320), policy={"rules": [rule]})
+        sparseattn.explain(wide, tokens(channels=320), policy=policy)
     with pytest.raises(sparseattn.attn_ops.errors.PolicyError, match="balanced"):
         sparseattn.explain(Blocks(), tokens(), policy="balnced")
 
