@@ -70,7 +70,7 @@ def read_site(node: fx.Node) -> CallSite:
     given: dict[str, Any] = {**_DEFAULTS, **dict(zip(_PARAMETERS, node.args, strict=False)), **node.kwargs}
     q, k, v, scale = given["query"], given["key"], given["value"], number_of(given["scale"])
     scale = given["scale"] if scale is None else scale
-    common = {"node": node, "scale": scale, "module": module_path(node), "source": source_line(node)}
+    common: dict[str, Any] = {"node": node, "scale": scale, "module": module_path(node), "source": source_line(node)}
     values = [value_of(operand) for operand in (q, k, v)]
     if barrier := _why_unreadable(values):
         device = values[0].device if isinstance(values[0], Tensor) else torch.device("cpu")
