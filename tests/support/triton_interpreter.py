@@ -76,9 +76,16 @@ def interpret(arch: int = 90) -> Iterator[None]:
         stack.enter_context(mock.patch.object(driver, "_active", target))
         stack.enter_context(_mended_numerics())
         # For launches, the interpreter patches the language itself; for device functions it would leave it patched.
+        stack.callback(_forget_new_names, tl.tensor, set(vars(tl.tensor)))
         scope = stock._patch_lang(SimpleNamespace(__globals__={"tl": tl, "core": tl.core}))
         stack.callback(scope.restore)
         yield
+
+
+def _forget_new_names(owner: type, known: set[str]) -> None:
+    """The interpreter puts back what it patched by setting it, also where it was inherited."""
+    for name in set(vars(owner)) - known - {"__annotations__"}:
+        delattr(owner, name)
 
 
 def _with_own_globals(function: Function) -> FunctionType:
