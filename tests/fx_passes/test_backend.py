@@ -147,7 +147,7 @@ def test_policy_change_recompiles_in_the_same_process(monkeypatch: pytest.Monkey
         assert dict(sparseattn.last_report().chosen) == {"block_topk": 1}
 
 
-def test_checkpointed_and_conditional_sub_graphs_are_rewritten() -> None:
+def test_sub_graphs_are_rewritten() -> None:
     block = SelfAttention()
 
     def checkpointed(x):
@@ -156,7 +156,21 @@ def test_checkpointed_and_conditional_sub_graphs_are_rewritten() -> None:
     def conditional(x):
         return torch.cond(x.sum() > 0, lambda x: block(x), lambda x: block(-x), (x,))
 
-    for function, sites in ((checkpointed, 1), (conditional, 2)):
+    def scanned(x):
+        def step(carry, row):
+            carry = block(carry + row)
+            return carry, carry.mean()
+
+        return torch._higher_order_ops.scan(step, x, torch.ones(3, 1, 1, 1))[0]
+
+    @torch.compiler.nested_compile_region
+    def region(x):
+        return block(x)
+
+    def nested(x):
+        return region(region(x))
+
+    for function, sites in ((checkpointed, 1), (conditional, 2), (scanned, 1), (nested, 1)):
         torch._dynamo.reset()
         x = tokens()
         actual = _compile(function)(x)
@@ -254,3 +268,19 @@ def test_module_paths_are_read_however_dynamo_writes_them(recorded: str, path: s
     node = torch.fx.Graph().placeholder("x")
     node.meta["nn_module_stack"] = {"0": (recorded, torch.nn.Module)}
     assert module_path(node) == path
+
+
+def test_distributed_tensors_are_left_alone_with_the_reason() -> None:
+    from torch.distributed.tensor import DTensor, init_device_mesh
+
+    from sparseattn.fx_passes.sites import read_site
+
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        graph = torch.fx.Graph()
+        q = graph.placeholder("q")
+        node = graph.call_function(functional.scaled_dot_product_attention, (q, q, q))
+        q.meta["example_value"] = DTensor.from_local(torch.randn(1, 2, 8, 16), init_device_mesh("cpu", (1,)))
+        assert "DTensor" in read_site(node).call.barrier
+    finally:
+        torch.distributed.destroy_process_group()

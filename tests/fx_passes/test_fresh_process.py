@@ -118,3 +118,17 @@ def test_environment_forces_the_policy(variable: str) -> None:
         **{variable: value},
     )
     assert out.strip() == {"SPARSEATTN_POLICY": "exact", "SPARSEATTN_DISABLE": "None"}[variable]
+
+
+def test_the_report_is_in_the_structured_trace(tmp_path) -> None:
+    _run(
+        "import torch\n"
+        "f = lambda q: torch.nn.functional.scaled_dot_product_attention(q, q, q)\n"
+        "options = {'policy': 'exact', 'inner_backend': 'eager'}\n"
+        "torch.compile(f, backend='sparseattn', options=options)(torch.randn(1, 2, 32, 16))",
+        TORCH_TRACE=str(tmp_path),
+    )
+    (log,) = tmp_path.iterdir()
+    text = log.read_text()
+    assert '"name": "sparseattn_report", "encoding": "json"' in text
+    assert '"backend": "flash"' in text

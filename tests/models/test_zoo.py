@@ -56,3 +56,17 @@ def test_llama_prefill_reaches_the_op_as_causal_with_grouped_heads() -> None:
         assert row.call.causal
         assert row.call.mask == "none"
         assert (row.call.heads, row.call.kv_heads) == (4, 2)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "bert", "vit", "whisper"])
+def test_eager_attention_of_transformers_is_fused(name: str) -> None:
+    entry = next(entry for entry in ZOO if entry.name == name)
+    model, inputs = build(entry)
+    model.set_attn_implementation("eager")
+    options = {"policy": "exact", "inner_backend": "aot_eager"}
+    with torch.no_grad():
+        expected = _tensors(model(**inputs))
+        actual = _tensors(torch.compile(model, backend="sparseattn", options=options, fullgraph=True)(**inputs))
+    for want, got in zip(expected, actual, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+    assert sparseattn.last_report().rewritten == entry.sites
