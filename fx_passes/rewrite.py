@@ -47,10 +47,11 @@ def rewrite_graph(module: fx.GraphModule, policy: Policy, capability: Capability
 
 
 def _graphs(module: fx.GraphModule) -> Iterator[fx.GraphModule]:
-    """The graph and, depth first, its sub-graphs."""
+    """The graph and, depth first, the sub-graphs it uses; Dynamo leaves behind those of regions that it inlined."""
     yield module
-    for child in module.children():
-        if isinstance(child, fx.GraphModule):
+    used = {node.target for node in module.graph.nodes if node.op in ("get_attr", "call_module")}
+    for name, child in module.named_children():
+        if isinstance(child, fx.GraphModule) and name in used:
             yield from _graphs(child)
 
 

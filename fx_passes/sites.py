@@ -172,7 +172,7 @@ def module_path(node: fx.Node) -> str:
     if not stack:
         return ""
     path, _ = list(stack.values())[-1]
-    path = re.sub(r"^(L\['\w+'\]|self)", "", path)
+    path = re.sub(r"^(.*\.cell_contents|[LG]\['\w+'\]|self)", "", path)
     path = re.sub(r"\.__dict__\['_modules'\]|\._modules", "", path)
     return re.sub(r"\[(\d+)\]|\['([^']*)'\]", lambda match: f".{match[1] or match[2]}", path).removeprefix(".")
 

@@ -170,7 +170,7 @@ def test_sub_graphs_are_rewritten() -> None:
     def nested(x):
         return region(region(x))
 
-    for function, sites in ((checkpointed, 1), (conditional, 2), (scanned, 1), (nested, 1)):
+    for function, sites in ((checkpointed, 1), (conditional, 2), (scanned, 1), (nested, 2)):
         torch._dynamo.reset()
         x = tokens()
         actual = _compile(function)(x)
@@ -259,6 +259,7 @@ def test_unfused_attention_that_feeds_attention() -> None:
         ("L['self'].__dict__['_modules']['blocks'].0.attn1", "blocks.0.attn1"),
         ("L['model']._modules['layers'][3].attn", "layers.3.attn"),
         ("L['self']", ""),
+        ("L['function'].__closure__[0].cell_contents.attn", "attn"),
         ("blocks.0", "blocks.0"),
     ],
 )
