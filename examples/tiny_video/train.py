@@ -36,7 +36,7 @@ class Stage:
 
 STAGES = (
     Stage(frames=4, batch=8, steps=2200, rate=1.5e-3, final_rate=5e-4),
-    Stage(frames=16, batch=2, steps=400, rate=5e-4, final_rate=2e-5),
+    Stage(frames=16, batch=2, steps=700, rate=5e-4, final_rate=2e-5),
 )
 
 
