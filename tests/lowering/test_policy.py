@@ -224,7 +224,9 @@ def test_impossible_rules_are_refused_when_made(given, problem, remedy):
     ],
 )
 def test_rules_that_something_can_satisfy_are_accepted(given):
-    Rule(**given)
+    rule = Rule(**given)
+    assert rule.use == tuple(given["use"].split(","))
+    assert Rule(**rule.to_dict()) == rule
 
 
 def test_impossible_dtype_is_refused(monkeypatch):
