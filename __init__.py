@@ -15,6 +15,7 @@ from sparseattn.attn_ops import ops
 from sparseattn.attn_ops.block_index import BlockIndex
 from sparseattn.attn_ops.capability import Capability
 from sparseattn.attn_ops.registry import backends, register
+from sparseattn.attn_ops.video_layout import VideoLayout
 from sparseattn.lowering.policy import Policy, Rule
 from sparseattn.lowering.precedence import use_policy
 
@@ -31,6 +32,7 @@ __all__ = [
     "Policy",
     "Report",
     "Rule",
+    "VideoLayout",
     "backends",
     "explain",
     "last_report",

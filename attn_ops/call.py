@@ -10,7 +10,9 @@ from typing import Literal
 
 import torch
 
-ParamValue = bool | int | float | str
+from .video_layout import VideoLayout
+
+ParamValue = bool | int | float | str | tuple[int, ...] | None
 Params = tuple[tuple[str, ParamValue], ...]
 Kind = Literal["self", "cross"]
 MaskKind = Literal["none", "bool", "float"]
@@ -47,6 +49,7 @@ class AttentionCall:
         needs_grad: a gradient will be asked of the output.
         kind: "self" if query and key lengths are provably equal, else "cross".
         dynamic: names of the sizes that are symbolic.
+        layout: where the video and text tokens lie, or None if it is not known.
         barrier: why no op of ours may stand here at all (a functorch transform, a DTensor), or None.
         params: (name, value) of every parameter of the backend that is asked; empty while none is.
     """
@@ -68,6 +71,7 @@ class AttentionCall:
     needs_grad: bool = False
     kind: Kind = "self"
     dynamic: tuple[str, ...] = ()
+    layout: VideoLayout | None = None
     barrier: str | None = None
     params: Params = ()
 

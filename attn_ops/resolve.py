@@ -16,6 +16,7 @@ from .capability import Capability
 from .errors import GradientError, UnsupportedError
 from .registry import backend
 from .spec import BackendSpec, Kernel, Provider
+from .video_layout import VideoLayout
 
 AUTO = "auto"
 
@@ -29,6 +30,7 @@ def forward_kernel(
     causal: bool = False,
     window: int | None = None,
     scale: float | None = None,
+    layout: VideoLayout | None = None,
     **params: ParamValue,
 ) -> Kernel:
     """The forward kernel of a backend for these tensors and parameters.
@@ -38,11 +40,18 @@ def forward_kernel(
         UnsupportedError: if the provider, or with "auto" every provider, has a reason not to serve the call.
     """
     shapes = q.device, q.dtype, q.shape, k.shape
-    return _choose(name, provider, False, *shapes, causal, window, scale, tuple(params.items()))
+    return _choose(name, provider, False, *shapes, causal, window, scale, layout, tuple(params.items()))
 
 
 def backward_kernel(
-    name: str, provider: str, q: Tensor, k: Tensor, *, causal: bool = False, window: int | None = None
+    name: str,
+    provider: str,
+    q: Tensor,
+    k: Tensor,
+    *,
+    causal: bool = False,
+    window: int | None = None,
+    layout: VideoLayout | None = None,
 ) -> Kernel:
     """The backward kernel of a backend for these tensors.
 
@@ -50,7 +59,7 @@ def backward_kernel(
         GradientError: if a provider is named that has no backward kernel.
         UnsupportedError: as for the forward.
     """
-    return _choose(name, provider, True, q.device, q.dtype, q.shape, k.shape, causal, window, None, ())
+    return _choose(name, provider, True, q.device, q.dtype, q.shape, k.shape, causal, window, None, layout, ())
 
 
 def forget_choices() -> None:
@@ -73,6 +82,7 @@ def _choose(
     causal: bool,
     window: int | None,
     scale: float | None,
+    layout: VideoLayout | None,
     params: Params,
 ) -> Kernel:
     spec = backend(name)
@@ -84,6 +94,7 @@ def _choose(
         scale=scale,
         needs_grad=backward,
         kind=kind,
+        layout=layout,
         params=params,
     )
     capability = Capability.current(device)

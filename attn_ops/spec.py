@@ -7,9 +7,9 @@ backend states them once and every one of them gets the same sentence everywhere
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 
@@ -38,6 +38,7 @@ class Support:
         cross: takes Sq != Sk.
         causal_cross: takes `causal` with Sq != Sk (top-left).
         grad: gradients flow through it.
+        layout: needs the token grid of a video.
         devices: device types.
         min_sm: least CUDA compute capability, or None.
         package: import name of the package it needs, or None.
@@ -51,6 +52,7 @@ class Support:
     cross: bool = True
     causal_cross: bool = True
     grad: bool = True
+    layout: bool = False
     devices: tuple[str, ...] | None = None
     min_sm: int | None = None
     package: str | None = None
@@ -93,13 +95,22 @@ class Support:
             ),
             (call.needs_grad and not self.grad, "a gradient is needed and it has none"),
         )
-        return [sentence for wrong, sentence in checks if wrong]
+        reasons = [sentence for wrong, sentence in checks if wrong]
+        return [*reasons, *self._layout(call)] if self.layout else reasons
+
+    def _layout(self, call: AttentionCall) -> list[str]:
+        if call.layout is None:
+            return ["the token grid is not known: give the rule layout = { grid = [T, H, W] }"]
+        mismatches = dict.fromkeys(map(call.layout.mismatch, (call.seq_q, call.seq_k)))
+        return [mismatch for mismatch in mismatches if mismatch is not None]
 
     @property
     def dtype_names(self) -> list[str]:
         """Names of the dtypes, for messages."""
         return [dtype_name(dtype) for dtype in self.dtypes]
 
+
+_COMPLEMENT = {"keep_ratio": "sparsity", "sparsity": "keep_ratio"}
 
 TRITON_FORWARD = Support(grad=False, devices=("cuda",), min_sm=80, package="triton", min_version="3.6")
 """The requirements of our Triton kernels that have no backward."""
@@ -117,7 +128,18 @@ def later(module: str, name: str) -> Callable[[], Kernel]:
 
 @dataclass(frozen=True)
 class Param:
-    """One typed parameter of a backend, with its range. Its name and default are those of the op's schema."""
+    """One typed parameter of a backend, with its range. Its name and default are those of the op's schema.
+
+    Args:
+        name: its name.
+        default: its default; a tuple of int means a list of that many, nested lists being flattened.
+        doc: one sentence.
+        low: least value, of every entry in a list.
+        high: largest value, likewise.
+        choices: the values it may have; empty means any.
+        kind: its type where the default is None.
+        repeats: a list may be given once for all heads, or once per head.
+    """
 
     name: str
     default: ParamValue
@@ -125,6 +147,8 @@ class Param:
     low: float | None = None
     high: float | None = None
     choices: tuple[ParamValue, ...] = ()
+    kind: type | None = None
+    repeats: bool = False
 
     def check(self, value: object, where: str) -> ParamValue:
         """The value, converted to the parameter's type.
@@ -132,19 +156,42 @@ class Param:
         Raises:
             PolicyError: if it has another type or is out of range; the message says where.
         """
-        expected = type(self.default)
+        checked = self._list(value, where) if isinstance(self.default, tuple) else self._single(value, where)
+        if self.choices and checked not in self.choices:
+            raise PolicyError(f"{where}: {self.name} must be one of {self.choices}, got {value!r}.")
+        for number in checked if isinstance(checked, tuple) else (checked,):
+            below = self.low is not None and isinstance(number, int | float) and number < self.low
+            above = self.high is not None and isinstance(number, int | float) and number > self.high
+            if below or above:
+                limits = f"in [{self.low}, {self.high}]"
+                raise PolicyError(f"{where}: {self.name} must be {limits}, got {value!r}. {self.doc}")
+        return checked
+
+    def _single(self, value: object, where: str) -> ParamValue:
+        expected = self.kind or type(self.default)
         if expected is float and type(value) is int:
             value = float(value)
         if type(value) is not expected:
             raise PolicyError(f"{where}: {self.name} must be {expected.__name__}, got {value!r}. {self.doc}")
-        checked: ParamValue = value
-        if self.choices and checked not in self.choices:
-            raise PolicyError(f"{where}: {self.name} must be one of {self.choices}, got {value!r}.")
-        below = self.low is not None and not isinstance(checked, str) and checked < self.low
-        above = self.high is not None and not isinstance(checked, str) and checked > self.high
-        if below or above:
-            raise PolicyError(f"{where}: {self.name} must be in [{self.low}, {self.high}], got {value!r}. {self.doc}")
-        return checked
+        return cast(ParamValue, value)
+
+    def _list(self, value: object, where: str) -> tuple[int, ...]:
+        entries = tuple(_flattened(value))
+        wanted = len(self.default) if isinstance(self.default, tuple) else 0
+        fits = entries and (len(entries) % wanted == 0 if self.repeats else len(entries) == wanted)
+        if not fits or not all(type(entry) is int for entry in entries):
+            more = f"{wanted} int, or {wanted} for every head" if self.repeats else f"{wanted} int"
+            raise PolicyError(f"{where}: {self.name} must be a list of {more}, got {value!r}. {self.doc}")
+        return entries
+
+
+def _flattened(value: object) -> Iterator[Any]:
+    """The entries of nested lists, in order; what is no list is one entry."""
+    if isinstance(value, list | tuple):
+        for entry in value:
+            yield from _flattened(entry)
+    else:
+        yield value
 
 
 @dataclass(frozen=True)
@@ -215,9 +262,27 @@ class BackendSpec:
         """Why this backend cannot serve the call, whoever computes it; empty if it can."""
         return [*self.support.why_not(call, capability), *self.why_not(call, capability)]
 
+    @property
+    def param_names(self) -> set[str]:
+        """What a rule may set: the parameters, and the complement of keep_ratio or sparsity."""
+        names = {param.name for param in self.params}
+        return names | {_COMPLEMENT[name] for name in names if name in _COMPLEMENT}
+
+    def own(self, given: Params) -> Params:
+        """Those of the given parameters that the backend has; keep_ratio and sparsity stand for one another."""
+        known = {param.name for param in self.params}
+        values = {}
+        for name, value in given:
+            other = _COMPLEMENT.get(name)
+            if name in known:
+                values[name] = value
+            elif other in known and isinstance(value, int | float):
+                values[other] = round(1 - value, 12)  # 1 - 0.9 is not 0.1 in binary, and a block would be lost
+        return tuple(sorted(values.items()))
+
     def complete(self, given: Params) -> Params:
         """Every parameter of the backend: as given, else its default."""
-        values = dict(given)
+        values = dict(self.own(given))
         return tuple((param.name, values.get(param.name, param.default)) for param in self.params)
 
     def provider(self, name: str) -> Provider:
@@ -239,6 +304,8 @@ class BackendSpec:
             PolicyError: on an unknown name, a wrong type or a value out of range.
         """
         known = {param.name: param for param in self.params}
+        for name in self.param_names - set(known):
+            known[name] = Param(name, 0.0, f"1 - {_COMPLEMENT[name]}.", low=0.0, high=1.0)
         for name in params:
             if name not in known:
                 raise PolicyError(f"{where}: {self.name} has no parameter {name!r}. {nearest(name, known)}")

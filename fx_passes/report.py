@@ -17,6 +17,7 @@ from ..lowering.decision import Decision
 from .table import aligned
 
 _COLUMNS = ("#", "layer", "kind", "B,H,S,D", "dtype", "chosen", "provider", "params", "rule", "why")
+_LISTED = 6
 DENSE = "sdpa"
 """How a site that stays as it was is shown."""
 
@@ -34,7 +35,8 @@ class Row:
         """The row's columns as text, without its number."""
         call, decision = self.call, self.decision
         shape = call.shape if call.head_dim else "?"
-        params = " ".join(f"{name}={value}" for name, value in decision.params)
+        settings = [*decision.params, *([("grid", decision.layout)] if decision.layout else [])]
+        params = " ".join(f"{name}={_brief(value)}" for name, value in settings)
         rule = "-" if decision.rule is None else str(decision.rule)
         chosen, provider = decision.backend or DENSE, decision.provider or "torch"
         dtype = dtype_name(call.dtype) if call.head_dim else "?"
@@ -59,6 +61,13 @@ class Row:
             "call": call,
             "decision": {**asdict(self.decision), "params": dict(self.decision.params)},
         }
+
+
+def _brief(value: object) -> str:
+    """A list as 3x3x3, the first entries of a long one."""
+    if not isinstance(value, tuple):
+        return str(value)
+    return "x".join(map(str, value[:_LISTED])) + ("..." if len(value) > _LISTED else "")
 
 
 @dataclass(frozen=True)

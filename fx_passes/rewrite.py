@@ -111,6 +111,10 @@ def _arguments(site: CallSite, decision: Decision) -> dict[str, Any]:
         arguments["window"] = site.call.window
     if site.scale is not None:
         arguments["scale"] = site.scale
+    if decision.layout is not None:
+        arguments |= {"grid": decision.layout.grid}
+        if decision.layout.text_tokens:
+            arguments |= {"text_tokens": decision.layout.text_tokens, "text_first": decision.layout.text_first}
     return {**arguments, **dict(decision.params), "provider": decision.provider}
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
-from ..attn_ops.call import AttentionCall, Params
+from ..attn_ops.call import AttentionCall
 from ..attn_ops.capability import Capability
 from ..attn_ops.errors import RequirementError
 from ..attn_ops.registry import backends
@@ -69,11 +69,13 @@ class _Search:
                 self.passed.setdefault(name, f"rule {number} does not match: {mismatch}")
         return False
 
-    def attempt(
-        self, spec: BackendSpec, params: Params = (), *, pinned: str | None = None, only_if_faster: bool = False
-    ) -> _Trial:
-        """Try a backend, with these parameters, and its providers in their order."""
-        call = replace(self.call, params=spec.complete(params))
+    def attempt(self, spec: BackendSpec, rule: Rule | None = None) -> _Trial:
+        """Try a backend, as a rule asks for it, and its providers in their order."""
+        call = replace(self.call, params=spec.complete(rule.params if rule else ()))
+        if rule and rule.layout:
+            call = replace(call, layout=rule.layout)
+        pinned = rule.provider if rule else None
+        only_if_faster = rule is not None and rule.only_if_faster
         common = [*self._forbids(spec.name, None), *spec.reasons(call, self.capability)]
         providers = [p for p in spec.providers if pinned in (None, p.name)]
         if not providers:
@@ -147,7 +149,7 @@ def decide(call: AttentionCall, capability: Capability, policy: Policy, *, modul
 def _by_rule(search: _Search, number: int, rule: Rule) -> Decision:
     failed: list[_Trial] = []
     for spec in specs_of(rule.use):
-        trial = search.attempt(spec, rule.params, pinned=rule.provider, only_if_faster=rule.only_if_faster)
+        trial = search.attempt(spec, rule)
         if trial.provider is not None:
             return _decision(search, number, rule, failed, spec, trial.provider)
         failed.append(trial)
@@ -171,11 +173,11 @@ def _decision(
         *((name, (f"rule {number} names {chosen} before it",)) for name in later),
         *search.others(rule.use, f"rule {number} does not ask for it"),
     ]
-    known = {param.name for param in spec.params} if spec else set()
     return Decision(
         backend=spec.name if spec else None,
         provider=provider.name if provider else None,
-        params=tuple(pair for pair in rule.params if pair[0] in known),
+        params=spec.own(rule.params) if spec else (),
+        layout=rule.layout or search.call.layout if spec and spec.support.layout else None,
         rule=number,
         rule_text=str(rule),
         why=_sentence(number, rule, failed, chosen) + search.note,

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from ..attn_ops.call import Params
 from ..attn_ops.registry import backend
+from ..attn_ops.video_layout import VideoLayout
 
 Rejection = tuple[str, tuple[str, ...]]
 """A candidate, "sage" or "sage/triton", and its reasons."""
@@ -19,6 +20,7 @@ class Decision:
         backend: name of the backend, or None to leave the site dense.
         provider: name of the provider that computes it, or None with no backend.
         params: the parameters that the rule sets, as sorted (name, value) pairs; the others keep the op's defaults.
+        layout: where the video and text tokens lie, for a backend that needs it.
         rule: number of the rule that decided, from 1; None if no rule matched.
         rule_text: that rule in one line.
         why: the choice in a sentence or two.
@@ -28,6 +30,7 @@ class Decision:
     backend: str | None = None
     provider: str | None = None
     params: Params = ()
+    layout: VideoLayout | None = None
     rule: int | None = None
     rule_text: str = ""
     why: str = ""

@@ -13,6 +13,7 @@ from typing import Any, Literal, cast
 import torch
 
 from ..attn_ops.call import AttentionCall, Kind, Params, ParamValue, dtype_name
+from ..attn_ops.video_layout import VideoLayout
 from .rule_checks import DENSE, check_rule, specs_of
 from .rule_fields import as_choice, as_dtypes, as_flag, as_integer, as_names, as_params, as_sizes, as_text
 
@@ -39,7 +40,9 @@ class Rule:
             sites it matches; it does not end the search, so a rule below may choose another backend.
         provider: the provider that must compute it; None takes the first that can. "reference" is only taken if named.
         only_if_faster: skip a backend where it says that it would not pay (shape or machine below its break-even).
-        params: parameters of the backends; each backend takes those that it has.
+        params: parameters of the backends; each backend takes those that it has. keep_ratio and sparsity are each
+            1 minus the other, and a backend that has one takes either.
+        layout: VideoLayout of the sites, as one, a table or (T, H, W); None takes what the graph shows, if anything.
         why: a reason for the reader of the file and of the report.
 
     Raises:
@@ -58,6 +61,7 @@ class Rule:
     provider: str | None
     only_if_faster: bool
     params: Params
+    layout: VideoLayout | None
     why: str
 
     def __init__(
@@ -75,6 +79,7 @@ class Rule:
         provider: str | None = None,
         only_if_faster: bool = False,
         params: Mapping[str, ParamValue] | Params = (),
+        layout: VideoLayout | Mapping[str, object] | Sequence[int] | None = None,
         why: str = "",
     ) -> None:
         names = as_names("use", use)
@@ -91,6 +96,7 @@ class Rule:
             "provider": None if provider is None else as_text("provider", provider),
             "only_if_faster": as_flag("only_if_faster", only_if_faster),
             "params": as_params(params, specs_of(names)),
+            "layout": None if layout is None else VideoLayout.parse(layout),
             "why": as_text("why", why),
         }
         for name, value in normal.items():
@@ -140,7 +146,9 @@ class Rule:
 
 def _plain(name: str, value: object) -> object:
     if name == "params":
-        return dict(cast(Params, value))
+        return {key: list(item) if isinstance(item, tuple) else item for key, item in cast(Params, value)}
+    if isinstance(value, VideoLayout):
+        return value.to_dict()
     if isinstance(value, tuple):
         return value[0] if len(value) == 1 else list(value)
     return value

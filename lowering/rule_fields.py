@@ -100,14 +100,16 @@ def as_choice(field: str, value: object, choices: tuple[str, ...]) -> str:
 def as_params(value: object, specs: Sequence[BackendSpec]) -> Params:
     """Sorted (name, value) pairs; each a parameter of some backend in `specs`, in the range of all that have it."""
     given = _table(value)
-    known = {param.name for spec in specs for param in spec.params}
+    known = {name for spec in specs for name in spec.param_names}
+    if {"keep_ratio", "sparsity"} <= set(given):
+        raise PolicyError("params: keep_ratio and sparsity say the same twice. Remove one.")
     checked: dict[str, ParamValue] = {}
     for name, item in given.items():
         if name not in known:
             owners = " or ".join(spec.name for spec in specs) or "dense"
             raise PolicyError(f"params: {owners} has no parameter {name!r}. {nearest(name, known)}")
         for spec in specs:
-            if any(param.name == name for param in spec.params):
+            if name in spec.param_names:
                 item = spec.check_params({name: item}, f"params of {spec.name}")[name]
         if isinstance(item, float) and not math.isfinite(item):
             raise PolicyError(f"params: {name} must be finite, got {item!r}. Write a number.")
