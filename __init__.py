@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from sparseattn import nn
 from sparseattn.attn_ops import backends as _backends  # noqa: F401  (registers the ops)
 from sparseattn.attn_ops import ops
 from sparseattn.attn_ops.block_index import BlockIndex
@@ -36,6 +37,7 @@ __all__ = [
     "backends",
     "explain",
     "last_report",
+    "nn",
     "ops",
     "register",
     "use_policy",

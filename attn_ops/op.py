@@ -75,7 +75,7 @@ def _define_backward(
     grads = ", ".join(f"Tensor grad_{of}" for of in ("q", "k", "v", *differentiable))
     LIBRARY.define(f"{name}({given}) -> ({grads})", tags=_TAGS)
     for key in _DEVICE_KEYS:
-        LIBRARY.impl(name, backward, key)
+        LIBRARY.impl(name, _outside_autocast(backward), key)
     names = [argument.split()[-1] for argument in plain]
     places = [names.index(of) for of in ("q", "k", "v", *differentiable)]
     torch.library.register_fake(f"{NAMESPACE}::{name}", _fake_backward(places), lib=LIBRARY)
@@ -101,6 +101,18 @@ def _fake_backward(places: list[int]) -> Kernel:
         return tuple(grad_out.new_empty(0) if value is None else torch.empty_like(value) for value in given)
 
     return fake
+
+
+def _outside_autocast(kernel: Kernel) -> Kernel:
+    """The kernel in the precision it is written for, also where `backward()` is called inside torch.autocast."""
+    excluded = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU)
+    excluded = excluded.add(torch._C.DispatchKey.AutocastCUDA)
+
+    def outside(*args: Any) -> Any:
+        with torch._C._ExcludeDispatchKeyGuard(excluded):
+            return kernel(*args)
+
+    return outside
 
 
 def _refuse_double_backward(_ctx: Any, *_grads: Tensor) -> None:
@@ -225,6 +237,6 @@ def same_defaults(op: torch._ops.OpOverload, kernel: Kernel) -> list[str]:
     differing = set(given) ^ set(wanted)
     for name in set(given) & set(wanted):
         default = wanted[name].default_value if wanted[name].has_default_value() else inspect.Parameter.empty
-        if given[name].default != default:
+        if given[name].default != (tuple(default) if isinstance(default, list) else default):
             differing.add(name)
     return sorted(differing)

@@ -206,6 +206,7 @@ class Provider:
         support: its requirements.
         why_not: further requirements.
         install: the command that brings its package, or "".
+        detail: loads a function that says in a line what serves it on this machine, for `sparseattn backends`.
     """
 
     name: str
@@ -215,6 +216,7 @@ class Provider:
     support: Support = field(default_factory=Support)
     why_not: WhyNot = no_reasons
     install: str = ""
+    detail: Callable[[], Callable[[], str]] | None = None
 
     def reasons(self, call: AttentionCall, capability: Capability) -> list[str]:
         """Why this provider cannot serve the call on the machine; empty if it can."""

@@ -82,18 +82,30 @@ def choose_blocks(
         index: (B, Hq, nq, nk) int32, ascending, 0 after the count.
         count: (B, Hq, nq) int32.
     """
-    mean_q, mean_k = block_mean(q, block_q), block_mean(k, block_k)
-    (batch, kv_heads, nk, dim), nq = mean_k.shape, mean_q.shape[2]
-    grouped = mean_q.reshape(batch, kv_heads, -1, nq, dim)
-    scores = (grouped @ mean_k.unsqueeze(2).mT).flatten(1, 2)
+    scores = pooled_scores(q, k, block_q=block_q, block_k=block_k)
+    nk = scores.shape[-1]
     if not causal:
         return top_k_blocks(scores, max(1, int(keep_ratio * nk + 0.5)))
-    block = torch.arange(nk, device=q.device)
-    first = torch.arange(nq, device=q.device) * block_q
-    own_first = first // block_k
-    own_last = (first + block_q).clamp(max=q.shape[2]).sub(1).floor_divide(block_k)
-    candidates = (own_last + 1).clamp(max=nk)
-    keep = (keep_ratio * candidates.double() + 0.5).floor().long().clamp(min=1)
-    keep = torch.maximum(keep, candidates - own_first)
-    own = (block >= own_first[:, None]) & (block <= own_last[:, None])
-    return top_k_blocks(scores.masked_fill(own, torch.inf), keep, block <= own_last[:, None])
+    visible, own = causal_blocks(q.shape[2], nk, block_q=block_q, block_k=block_k, device=q.device)
+    keep = (keep_ratio * visible.sum(dim=-1).double() + 0.5).floor().long().clamp(min=1)
+    return top_k_blocks(scores.masked_fill(own, torch.inf), torch.maximum(keep, own.sum(dim=-1)), visible)
+
+
+def pooled_scores(q: Tensor, k: Tensor, *, block_q: int, block_k: int) -> Tensor:
+    """mean(q block) . mean(k block) in fp32, (B, Hq, nq, nk), of q: (B, Hq, Sq, D) and k: (B, Hkv, Sk, D)."""
+    mean_q, mean_k = block_mean(q, block_q), block_mean(k, block_k)
+    (batch, kv_heads, _, dim), nq = mean_k.shape, mean_q.shape[2]
+    grouped = mean_q.reshape(batch, kv_heads, -1, nq, dim)
+    return (grouped @ mean_k.unsqueeze(2).mT).flatten(1, 2)
+
+
+def causal_blocks(seq_q: int, nk: int, *, block_q: int, block_k: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Which of nk key blocks are not wholly in the future of a block of queries, and which hold its own tokens.
+
+    Returns visible and own, (nq, nk) bool; own blocks are visible. Token i of the queries is token i of the keys.
+    """
+    first = torch.arange(-(-seq_q // block_q), device=device).unsqueeze(-1) * block_q
+    last = (first + block_q).clamp(max=seq_q) - 1
+    block = torch.arange(nk, device=device)
+    visible = block <= last // block_k
+    return visible, visible & (block >= first // block_k)

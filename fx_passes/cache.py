@@ -20,6 +20,7 @@ from torch import fx
 from ..lowering.precedence import policy_state
 
 _log = logging.getLogger(__name__)
+_SOURCES = (".py", ".cpp", ".h")
 
 
 @functools.cache
@@ -28,8 +29,9 @@ def code_tag() -> str:
     root = Path(__file__).parent.parent
     digest = hashlib.sha256()
     for folder in ("attn_ops", "lowering", "fx_passes"):
-        for file in sorted((root / folder).rglob("*.py")):
-            digest.update(file.read_bytes())
+        for file in sorted((root / folder).rglob("*")):
+            if file.suffix in _SOURCES:
+                digest.update(file.read_bytes())
     return f"sparseattn-{digest.hexdigest()[:16]}"
 
 

@@ -22,6 +22,7 @@ from ..attn_ops.call import AttentionCall
 from ..attn_ops.capability import Capability
 from ..attn_ops.errors import RequirementError, SparseAttnError
 from ..attn_ops.registry import backends
+from ..lowering.selection_table import selection_page
 from .bench import COLUMNS, measure
 from .explain import explain
 from .table import aligned
@@ -47,7 +48,9 @@ def _parser() -> argparse.ArgumentParser:
     verbs = parser.add_subparsers(required=True, metavar="backends | explain | bench | env")
     verb = verbs.add_parser("backends", help="what this machine, or another, can run, and what is missing")
     verb.add_argument("--capability", help='a machine by name, "sm90" or "cpu-avx512"; default: this one')
-    verb.add_argument("--json", action="store_true")
+    form = verb.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true")
+    form.add_argument("--markdown", action="store_true", help="the page docs/selection.md: what every machine gets")
     verb.set_defaults(command=_backends)
     verb = verbs.add_parser("explain", help="what a policy would do to a model, without running it")
     verb.add_argument("target", help="FILE.py:NAME or package.module:NAME; NAME() returns (model, inputs)")
@@ -78,24 +81,31 @@ def _machine(name: str | None) -> Capability:
 
 
 def _backends(options: argparse.Namespace) -> str:
+    if options.markdown:
+        return selection_page().rstrip("\n")
     machine = _machine(options.capability)
-    rows = [row for spec in backends().values() for row in _provider_rows(spec, machine)]
+    here = options.capability is None
+    rows = [row for spec in backends().values() for row in _provider_rows(spec, machine, here)]
     if options.json:
-        keys = ("backend", "op", "kind", "provider", "available", "why_not")
+        keys = ("backend", "op", "kind", "provider", "available", "why_not", "detail")
         return json.dumps(
             {"machine": str(machine), "providers": [dict(zip(keys, row, strict=True)) for row in rows]}, indent=2
         )
-    lines = [(b, o, k, p, "yes" if ok else "no", "; ".join(why)) for b, o, k, p, ok, why in rows]
-    heading = ("backend", "op", "kind", "provider", "available", "why not")
+    lines = [(b, o, k, p, "yes" if ok else "no", "; ".join(why) or detail) for b, o, k, p, ok, why, detail in rows]
+    heading = ("backend", "op", "kind", "provider", "available", "why not, or what serves it")
     return "\n".join([f"sparseattn on {machine}", *aligned([heading, *lines])])
 
 
-def _provider_rows(spec: Any, machine: Capability) -> list[tuple[str, str, str, str, bool, list[str]]]:
-    """Every provider of a backend, judged by a call that all of them would take."""
+def _provider_rows(spec: Any, machine: Capability, here: bool) -> list[tuple[str, str, str, str, bool, list[str], str]]:
+    """Every provider of a backend, judged by a call that all of them would take, with what serves it if we are here."""
     dtype = torch.bfloat16 if machine.device == "cuda" else torch.float32
     call = AttentionCall(1, 8, 8, 4096, 4096, 64, dtype=dtype, device=machine.device)
-    reasons = [(provider.name, provider.reasons(call, machine)) for provider in spec.providers]
-    return [(spec.name, spec.op, spec.kind, name, not why, why) for name, why in reasons]
+    rows = []
+    for provider in spec.providers:
+        why = provider.reasons(call, machine)
+        detail = provider.detail()() if here and not why and provider.detail is not None else ""
+        rows.append((spec.name, spec.op, spec.kind, provider.name, not why, why, detail))
+    return rows
 
 
 def _explain(options: argparse.Namespace) -> str:

@@ -42,7 +42,7 @@ class _Trial:
             for label, reasons in self.by_provider
             if reasons != (DEFINITION,)
         ]
-        return "; ".join(self.reasons or by_provider)
+        return "; ".join(self.reasons or by_provider) or f'it is {DEFINITION} (provider = "{REFERENCE}")'
 
 
 @dataclass

@@ -12,7 +12,7 @@ import sparseattn
 from sparseattn.attn_ops.op import same_defaults
 
 ROOT = Path(__file__).parent.parent
-FLOORS = ("attn_ops", "lowering", "fx_passes")
+FLOORS = ("attn_ops", "nn", "lowering", "fx_passes")
 
 
 def test_the_package_list_equals_the_tree() -> None:
@@ -44,7 +44,8 @@ def test_params_of_a_backend_are_arguments_of_its_op() -> None:
     for spec in sparseattn.backends().values():
         arguments = {a.name: a for a in getattr(torch.ops.sparseattn, spec.op).default._schema.arguments}
         for param in spec.params:
-            assert arguments[param.name].default_value == param.default, (spec.name, param.name)
+            default = arguments[param.name].default_value
+            assert (tuple(default) if isinstance(default, list) else default) == param.default, (spec.name, param.name)
 
 
 def test_public_names() -> None:

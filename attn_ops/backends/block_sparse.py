@@ -180,10 +180,11 @@ BACKEND = BackendSpec(
         ),
         Provider(
             "cpu",
-            "gathered blocks through PyTorch's CPU flash kernel",
+            "C++ kernel compiled on first use, else gathered blocks through PyTorch's CPU flash kernel",
             load=later("kernels.cpu.block_sparse", "attention"),
             load_backward=later("kernels.cpu.block_sparse", "attention_backward"),
             support=Support(devices=("cpu",)),
+            detail=later("kernels.cpu.native.library", "detail"),
         ),
         fastvideo_kernel.PROVIDER,
         Provider(

@@ -225,10 +225,11 @@ BACKEND = BackendSpec(
         ),
         Provider(
             "cpu",
-            "selection in PyTorch, attention in gathered blocks through PyTorch's CPU flash kernel",
+            "selection in PyTorch, attention by block_sparse_attention's provider",
             load=_through("cpu"),
             load_backward=_backward_through("cpu"),
             support=Support(devices=("cpu",)),
+            detail=later("kernels.cpu.native.library", "detail"),
         ),
         Provider(
             "reference",

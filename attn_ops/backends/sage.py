@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from ..call import AttentionCall
 from ..capability import Capability
 from ..checks import check_choice, check_qkv, default_scale
+from ..errors import ArgumentError
 from ..op import define_op
-from ..quantize import GRANULARITIES
+from ..quantize import GRANULARITIES, LARGEST
 from ..resolve import AUTO, forward_kernel
 from ..spec import TRITON_FORWARD, BackendSpec, Param, Provider, Support, later
 from ..vendors import sageattention
 
 NAME, OP = "sage", "sage_attention"
+BITS = tuple(LARGEST)
 PV = ("fp16", "fp8")
 
 
@@ -23,9 +27,13 @@ def sage_attention(
     k: Tensor,
     v: Tensor,
     *,
-    qk_quant: str = "per_thread",
+    bits: int = 8,
+    granularity: str = "per_thread",
     pv: str = "fp16",
+    smooth_q: bool = False,
     smooth_k: bool = True,
+    smooth_v: bool = False,
+    asymmetric: bool = False,
     causal: bool = False,
     scale: float | None = None,
     provider: str = AUTO,
@@ -36,11 +44,17 @@ def sage_attention(
         q: (B, Hq, Sq, D) fp32, fp16 or bf16; any strides with unit stride on D.
         k: (B, Hkv, Sk, D), Hq a multiple of Hkv; query head h reads head h // (Hq / Hkv).
         v: (B, Hkv, Sk, D).
-        qk_quant: rows that share an INT8 scale: "per_block" (128 of q, 64 of k), "per_warp" (32, 64) or "per_thread"
+        bits: 8, or 4 for integers of -7 ... 7. These are multiplied as INT8, so they save no time: bits=4 tells what
+            INT4 would cost in accuracy.
+        granularity: rows that share a scale: "per_block" (128 of q, 64 of k), "per_warp" (32, 64) or "per_thread"
             (4, 16).
         pv: "fp16" rounds the weights and v to fp16, where a v beyond 65504 is infinite; "fp8" rounds both to e4m3, v
             with a scale per channel. Sums are fp32.
+        smooth_q: quantize q without the mean of its block of 128 tokens, whose scores are added in fp32. It takes 4
+            bytes for every 128 queries and key.
         smooth_k: quantize k without its mean over tokens. Without it, a k with a large offset loses its details.
+        smooth_v: round v without its mean over tokens, which is added to the output.
+        asymmetric: integers span lowest ... highest of a group of rows instead of -amax ... amax.
         causal: query i sees keys 0 ... i, aligned top-left as in `scaled_dot_product_attention`.
         scale: factor on the scores; None means D ** -0.5.
         provider: "sageattention", "triton", "cpu", "reference", or "auto" for the first of these that can serve it.
@@ -50,14 +64,24 @@ def sage_attention(
         lse: (B, Hq, Sq) fp32, natural logarithm of the softmax denominator, with what smoothing took given back.
 
     Raises:
-        ArgumentError: on wrong shapes, dtypes or strides, or an unknown qk_quant or pv.
+        ArgumentError: on wrong shapes, dtypes or strides, or unknown bits, granularity or pv.
         UnsupportedError: if no provider can serve the call; the message lists the reasons.
         GradientError: if a gradient is needed: it has none.
 
     Papers: https://arxiv.org/abs/2410.02367, https://arxiv.org/abs/2411.10958, https://arxiv.org/abs/2505.21136.
     """
     result: tuple[Tensor, Tensor] = torch.ops.sparseattn.sage_attention(
-        q, k, v, qk_quant=qk_quant, pv=pv, smooth_k=smooth_k, causal=causal, scale=scale, provider=provider
+        *(q, k, v),
+        bits=bits,
+        granularity=granularity,
+        pv=pv,
+        smooth_q=smooth_q,
+        smooth_k=smooth_k,
+        smooth_v=smooth_v,
+        asymmetric=asymmetric,
+        causal=causal,
+        scale=scale,
+        provider=provider,
     )
     return result
 
@@ -67,15 +91,21 @@ def _check(
     k: Tensor,
     v: Tensor,
     *,
-    qk_quant: str = "per_thread",
+    bits: int = 8,
+    granularity: str = "per_thread",
     pv: str = "fp16",
-    smooth_k: bool = True,  # noqa: ARG001  (one signature for the op's kernels)
+    smooth_q: bool = False,  # noqa: ARG001  (one signature for the op's kernels)
+    smooth_k: bool = True,  # noqa: ARG001
+    smooth_v: bool = False,  # noqa: ARG001
+    asymmetric: bool = False,  # noqa: ARG001
     causal: bool = False,  # noqa: ARG001
     scale: float | None = None,  # noqa: ARG001
     provider: str = AUTO,  # noqa: ARG001
 ) -> None:
     check_qkv(OP, q, k, v)
-    check_choice(OP, "qk_quant", qk_quant, GRANULARITIES)
+    if bits not in BITS:
+        raise ArgumentError(OP, "bits", "be 8 or 4", bits)
+    check_choice(OP, "granularity", granularity, GRANULARITIES)
     check_choice(OP, "pv", pv, PV)
 
 
@@ -84,34 +114,54 @@ def _forward(
     k: Tensor,
     v: Tensor,
     *,
-    qk_quant: str = "per_thread",
+    bits: int = 8,
+    granularity: str = "per_thread",
     pv: str = "fp16",
+    smooth_q: bool = False,
     smooth_k: bool = True,
+    smooth_v: bool = False,
+    asymmetric: bool = False,
     causal: bool = False,
     scale: float | None = None,
     provider: str = AUTO,
 ) -> tuple[Tensor, Tensor]:
-    _check(q, k, v, qk_quant=qk_quant, pv=pv)
-    kernel = forward_kernel(NAME, provider, q, k, causal=causal, qk_quant=qk_quant, pv=pv, smooth_k=smooth_k)
-    scale = default_scale(scale, q.shape[-1])
-    result: tuple[Tensor, Tensor] = kernel(
-        q, k, v, causal=causal, scale=scale, qk_quant=qk_quant, pv=pv, smooth_k=smooth_k
-    )
+    _check(q, k, v, bits=bits, granularity=granularity, pv=pv)
+    params: dict[str, Any] = {
+        "bits": bits,
+        "granularity": granularity,
+        "pv": pv,
+        "smooth_q": smooth_q,
+        "smooth_k": smooth_k,
+        "smooth_v": smooth_v,
+        "asymmetric": asymmetric,
+    }
+    kernel = forward_kernel(NAME, provider, q, k, causal=causal, **params)
+    result: tuple[Tensor, Tensor] = kernel(q, k, v, causal=causal, scale=default_scale(scale, q.shape[-1]), **params)
     return result
 
 
 def _why_not_triton(call: AttentionCall, capability: Capability) -> list[str]:
+    reasons = []
     if call.param("pv") == "fp8" and capability.sm is not None and not capability.fp8:
-        return [f'pv="fp8" needs sm89 or newer, this is {capability}']
-    return []
+        reasons.append(f'pv="fp8" needs sm89 or newer, this is {capability}')
+    if call.param("asymmetric"):
+        reasons.append("asymmetric=True: it adds no offsets to its scores; smooth_k and smooth_q centre k and q too")
+    return reasons
 
 
 def _break_even(call: AttentionCall, capability: Capability) -> str | None:
-    """Measured on one Zen 4 core with pv="fp16", 1024 to 8192 tokens, head_dim 64 and 128; unmeasured on CUDA."""
+    """Measured on one Zen 4 core, 1024 to 8192 tokens, head_dim 64 and 128; unmeasured on CUDA.
+
+    Options: in bfloat16, not causal, 2048 and 4096 tokens; bits and asymmetric cost little.
+    """
     if capability.device != "cpu":
         return None
     if call.dtype is not torch.bfloat16 or capability.cpu_isa != "avx512":
         return "on a CPU it takes 1.0 to 1.4 times as long as dense attention (float32; causal: 1.1 to 2.1)"
+    if call.param("pv") == "fp8":
+        return 'pv="fp8" on a CPU takes 1.1 to 1.7 times as long as dense attention'
+    if call.param("smooth_q") or call.param("smooth_v"):
+        return "with smooth_q or smooth_v it takes 0.7 to 1.4 times as long as dense attention on a CPU"
     least = 2048 if call.causal else 1024
     if min(call.seq_q, call.seq_k) < least:
         return f"{call.seq_q} queries and {call.seq_k} keys; in bfloat16 on a CPU it is faster from {least} on"
@@ -120,8 +170,8 @@ def _break_even(call: AttentionCall, capability: Capability) -> str | None:
 
 define_op(
     OP,
-    "*, str qk_quant='per_thread', str pv='fp16', bool smooth_k=True, bool causal=False, float? scale=None, "
-    "str provider='auto'",
+    "*, int bits=8, str granularity='per_thread', str pv='fp16', bool smooth_q=False, bool smooth_k=True, "
+    "bool smooth_v=False, bool asymmetric=False, bool causal=False, float? scale=None, str provider='auto'",
     forward=_forward,
     check=_check,
     refusal=f"{OP}: it has no gradient, because rounding to INT8 has none. Use flash_attention or "
@@ -135,9 +185,13 @@ BACKEND = BackendSpec(
     summary="dense attention with INT8 scores, FP16 or FP8 weights (SageAttention 1 and 2)",
     paper="https://arxiv.org/abs/2411.10958",
     params=(
-        Param("qk_quant", "per_thread", "Rows that share an INT8 scale, from coarse to fine.", choices=GRANULARITIES),
+        Param("bits", 8, "Bits of an integer of q and k; 4 is for accuracy studies, it saves no time.", choices=BITS),
+        Param("granularity", "per_thread", "Rows that share a scale, from coarse to fine.", choices=GRANULARITIES),
         Param("pv", "fp16", "What weights and values are rounded to; fp8 needs sm89 or newer.", choices=PV),
+        Param("smooth_q", False, "Quantize q without the mean of every 128 tokens."),
         Param("smooth_k", True, "Quantize k without its mean over tokens."),
+        Param("smooth_v", False, "Round v without its mean over tokens."),
+        Param("asymmetric", False, "Integers span lowest ... highest of their group instead of -amax ... amax."),
     ),
     support=Support(grad=False),
     break_even=_break_even,

@@ -1,44 +1,75 @@
-"""sage_attention, defined: INT8 scores, and a softmax whose numerators are rounded as the hardware rounds them.
+"""sage_attention, defined: integer scores, and a softmax whose numerators are rounded as the hardware rounds them.
 
-s = scale * (q_int8 @ k_int8.T) * q_scale * k_scale    per token; integers are exact in fp32
-p = exp(s - max(s)),  l = sum(p)                       fp32; l from p before rounding
-out = fp16(p) @ fp16(v) / l                            pv="fp16"
-out = e4m3(448 p) @ e4m3(v / v_scale) * v_scale / 448 / l    pv="fp8", v_scale per channel
-lse = max(s) + log(l) + scale * q @ k_mean.T           true lse: what smoothing K took from a row is given back
+s = scale * (q' @ k'.T + mean(q block) @ (k - k_mean).T)    q', k': the integers as numbers, `QuantizedQK`
+p = exp(s - max(s)),  l = sum(p)                            fp32; l from p before rounding
+out = fp16(p) @ fp16(v - v_mean) / l + v_mean               pv="fp16"
+out = e4m3(448 p) @ e4m3((v - v_mean) / v_scale) * v_scale / 448 / l + v_mean    pv="fp8", v_scale per channel
+lse = max(s) + log(l) + scale * q @ k_mean.T                true lse: what smoothing K took from a row is given back
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..heads import per_query_head
 from ..layout import empty_result, like_query
-from ..quantize import quantize_qk, quantize_v_fp8
+from ..quantize import SMOOTH_Q_BLOCK, QuantizedQK, quantize_qk, quantize_v_fp8, without_mean
 from .attention import token_mask
 
 _E4M3_MAX = 448.0
 
 
 def sage_attention(
-    q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, scale: float, qk_quant: str, pv: str, smooth_k: bool
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = False,
+    scale: float,
+    pv: str,
+    smooth_v: bool = False,
+    **qk_options: Any,
 ) -> tuple[Tensor, Tensor]:
-    """Quantized attention of q: (B, Hq, Sq, D) to k, v: (B, Hkv, Sk, D). Returns out like q and lse (B, Hq, Sq)."""
+    """Quantized attention of q: (B, Hq, Sq, D) to k, v: (B, Hkv, Sk, D); `qk_options` are those of `quantize_qk`.
+
+    Returns out like q and lse (B, Hq, Sq).
+    """
     if q.numel() == 0 or k.numel() == 0:
         return empty_result(q)
     heads = q.shape[1]
-    int8 = quantize_qk(q, k, granularity=qk_quant, smooth_k=smooth_k)
-    scores = int8.q.float() @ per_query_head(int8.k.float(), heads).mT
-    scores = scale * scores * int8.q_scale.unsqueeze(-1) * per_query_head(int8.k_scale, heads).unsqueeze(-2)
+    qk = quantize_qk(q, k, **qk_options)
+    scores = scale * _scores(qk)
     allowed = token_mask(q.shape[2], k.shape[2], causal=causal, device=q.device)
     scores = scores.masked_fill(~allowed, -torch.inf)
     largest = scores.amax(dim=-1, keepdim=True)
     weights = torch.exp(scores - largest)
     total = weights.sum(dim=-1, keepdim=True)
     lse = (largest + total.log()).squeeze(-1)
-    if int8.k_mean is not None:
-        lse = lse + scale * (q.float() @ per_query_head(int8.k_mean, heads).mT).squeeze(-1)
-    return like_query(_weighted_values(weights, v, pv) / total, q), lse
+    if qk.k_mean is not None:
+        lse = lse + scale * (q.float() @ per_query_head(qk.k_mean, heads).mT).squeeze(-1)
+    v, v_mean = without_mean(v) if smooth_v else (v, None)
+    out = _weighted_values(weights, v, pv) / total
+    if v_mean is not None:
+        out = out + per_query_head(v_mean, heads)
+    return like_query(out, q), lse
+
+
+def _scores(qk: QuantizedQK) -> Tensor:
+    """(B, Hq, Sq, Sk) fp32, before the softmax scale and without the term of k's mean."""
+    q, k = _numbers(qk.q, qk.q_scale, qk.q_offset), _numbers(qk.k, qk.k_scale, qk.k_offset)
+    scores = (q @ per_query_head(k, q.shape[1]).mT).float()
+    if qk.q_mean_scores is not None:
+        scores = scores + qk.q_mean_scores.repeat_interleave(SMOOTH_Q_BLOCK, dim=2)[:, :, : q.shape[2]]
+    return scores
+
+
+def _numbers(integers: Tensor, scale: Tensor, offset: Tensor | None) -> Tensor:
+    """In fp64, where sums of integers times scales are as good as exact."""
+    numbers = integers.double() * scale.unsqueeze(-1)
+    return numbers if offset is None else numbers + offset.unsqueeze(-1)
 
 
 def _weighted_values(weights: Tensor, v: Tensor, pv: str) -> Tensor:

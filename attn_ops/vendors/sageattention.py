@@ -1,7 +1,8 @@
 """The package sageattention as a provider of sage_attention.
 
 Its front door chooses granularity and PV by itself, so the adapter calls the function that computes what was asked, and
-has a sentence where there is none. K is smoothed here, in fp32, because the package corrects the lse in half precision.
+has a sentence where there is none. K and V are smoothed here, from fp32 means: the package corrects the lse in half
+precision, and ignores smooth_v where sums are fp32.
 """
 
 from __future__ import annotations
@@ -14,28 +15,27 @@ from torch import Tensor
 from ..call import AttentionCall
 from ..capability import Capability
 from ..layout import like_query
-from ..quantize import mean_scores
+from ..quantize import mean_scores, without_mean
 from ..spec import Kernel, Provider, Support
+from . import known_bad
 from .stream import on_default_stream
 
 PACKAGE = "sageattention"
 _SMS = (80, 86, 89, 90, 120, 121)
 _CONSUMER_BLACKWELL = (120, 121)
-_LONGEST_FP8_ON_SM120 = 160_000
-_GARBAGE_ON_SM90 = (2, 2, 0)
 
 
-def function_for(sm: int, qk_quant: str, pv: str) -> tuple[str, dict[str, str]]:
+def function_for(sm: int, granularity: str, pv: str) -> tuple[str, dict[str, str]]:
     """Name the package's function, with the arguments it needs beyond the common ones.
 
     On sm90 with pv="fp8" it groups 16 rows of q and 128 of k where `quantize_qk` groups 32 and 64.
     """
-    if qk_quant == "per_block":
+    if granularity == "per_block":
         return "sageattn_qk_int8_pv_fp16_triton", {}
     if pv == "fp16":
-        return "sageattn_qk_int8_pv_fp16_cuda", {"qk_quant_gran": qk_quant, "pv_accum_dtype": "fp32"}
+        return "sageattn_qk_int8_pv_fp16_cuda", {"qk_quant_gran": granularity, "pv_accum_dtype": "fp32"}
     name = "sageattn_qk_int8_pv_fp8_cuda_sm90" if sm == 90 else "sageattn_qk_int8_pv_fp8_cuda"
-    return name, {"qk_quant_gran": qk_quant, "pv_accum_dtype": "fp32+fp32"}
+    return name, {"qk_quant_gran": granularity, "pv_accum_dtype": "fp32+fp32"}
 
 
 def load() -> Kernel:
@@ -43,16 +43,26 @@ def load() -> Kernel:
     package = importlib.import_module(PACKAGE)
 
     def attention(
-        q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, scale: float, qk_quant: str, pv: str, smooth_k: bool
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        causal: bool = False,
+        scale: float,
+        bits: int = 8,  # noqa: ARG001  (the provider refuses any other than what it has)
+        granularity: str,
+        pv: str,
+        smooth_q: bool = False,  # noqa: ARG001
+        smooth_k: bool,
+        smooth_v: bool = False,
+        asymmetric: bool = False,  # noqa: ARG001
     ) -> tuple[Tensor, Tensor]:
-        sm = Capability.current(q.device).sm or 0
-        name, arguments = function_for(sm, qk_quant, pv)
-        k_mean = k.float().mean(dim=-2, keepdim=True) if smooth_k else None
+        name, arguments = function_for(Capability.current(q.device).sm or 0, granularity, pv)
+        k, k_mean = _smoothed(k) if smooth_k else (k, None)
+        v, v_mean = _smoothed(v) if smooth_v else (v, None)
         with on_default_stream(PACKAGE, q):
             out, lse = getattr(package, name)(
-                q,
-                k if k_mean is None else (k - k_mean).to(k.dtype),
-                v,
+                *(q, k, v),
                 tensor_layout="HND",
                 is_causal=causal,
                 sm_scale=scale,
@@ -61,9 +71,15 @@ def load() -> Kernel:
                 **arguments,
             )
         lse = lse.contiguous() if k_mean is None else lse + mean_scores(q, k_mean, scale)
+        out = out if v_mean is None else out + v_mean.repeat_interleave(q.shape[1] // v.shape[1], dim=1)
         return like_query(out, q), lse
 
     return attention
+
+
+def _smoothed(x: Tensor) -> tuple[Tensor, Tensor]:
+    rest, mean = without_mean(x)
+    return rest.to(x.dtype), mean
 
 
 def _why_not(call: AttentionCall, capability: Capability) -> list[str]:
@@ -72,21 +88,18 @@ def _why_not(call: AttentionCall, capability: Capability) -> list[str]:
         reasons.append(f"has kernels for {', '.join(f'sm{sm}' for sm in _SMS)}, not for sm{capability.sm}")
     elif capability.sm is not None:
         reasons += _missing_functions(capability.sm, call)
-    # https://github.com/thu-ml/SageAttention/issues/320
-    if capability.sm == 90 and capability.version_of(PACKAGE) == _GARBAGE_ON_SM90:
-        reasons.append("sageattention 2.2.0 returns uninitialised memory on sm90")
-    return reasons
+    if call.param("bits") == 4:
+        reasons.append("bits=4: its release has no INT4 kernel")
+    reasons += [f"{name}=True: it has no kernel for it" for name in ("smooth_q", "asymmetric") if call.param(name)]
+    return [*reasons, *known_bad.reasons(PACKAGE, call, capability)]
 
 
 def _missing_functions(sm: int, call: AttentionCall) -> list[str]:
-    qk_quant, pv = call.param("qk_quant"), call.param("pv")
-    if qk_quant == "per_block" and (pv == "fp8" or sm in _CONSUMER_BLACKWELL):
-        return [f'has no kernel for qk_quant="per_block" with pv="{pv}" on sm{sm}']
+    granularity, pv = call.param("granularity"), call.param("pv")
+    if granularity == "per_block" and (pv == "fp8" or sm in _CONSUMER_BLACKWELL):
+        return [f'has no kernel for granularity="per_block" with pv="{pv}" on sm{sm}']
     if pv == "fp8" and sm < 89:
         return [f'has no kernel for pv="fp8" on sm{sm}']
-    # https://github.com/thu-ml/SageAttention/issues/388
-    if pv == "fp8" and sm in _CONSUMER_BLACKWELL and call.seq_k > _LONGEST_FP8_ON_SM120:
-        return [f'pv="fp8" with {call.seq_k} keys on sm{sm} gives noise beyond {_LONGEST_FP8_ON_SM120}']
     return []
 
 

@@ -1,7 +1,7 @@
 """The package spas-sage-attn (SpargeAttention): quantized attention over a given block map.
 
-It rounds Q, K and V as SageAttention does, so it is no provider of the exact block_sparse_attention: it will serve
-sparge_attention when that backend lands. It returns no lse; ours is NaN, so that whoever uses it notices.
+It rounds Q, K and V as SageAttention does, so it is no provider of the exact block_sparse_attention, but one of
+sparge_attention, over our own block map. It returns no lse; ours is NaN, so that whoever uses it notices.
 """
 
 from __future__ import annotations
@@ -31,13 +31,22 @@ def blocks_for(sm: int) -> tuple[int, int]:
 
 
 def load() -> Kernel:
-    """Import the package and return `attention(q, k, v, block_map, *, scale) -> (out, lse)`.
+    """Import the package and return `attention(q, k, v, block_map, *, scale, pv_threshold=None) -> (out, lse)`.
 
     block_map: (B, Hq, nq, nk) bool with the blocks of `blocks_for`, True where a block of queries sees a block of keys.
+    pv_threshold: a number, or an fp32 tensor of shape () or (Hq,), in powers of two; None skips nothing.
     """
     kernel = importlib.import_module(PACKAGE).block_sparse_sage2_attn_cuda
 
-    def attention(q: Tensor, k: Tensor, v: Tensor, block_map: Tensor, *, scale: float) -> tuple[Tensor, Tensor]:
+    def attention(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        block_map: Tensor,
+        *,
+        scale: float,
+        pv_threshold: float | Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
         block_q, block_k = blocks_for(Capability.current(q.device).sm or 0)
         shape = (*q.shape[:2], -(-q.shape[2] // block_q), -(-k.shape[2] // block_k))
         if tuple(block_map.shape) != shape:
@@ -50,7 +59,7 @@ def load() -> Kernel:
                 mask_id=block_map.contiguous(),
                 scale=scale,
                 smooth_k=True,
-                pvthreshd=_NEVER_SKIP,
+                pvthreshd=_NEVER_SKIP if pv_threshold is None else pv_threshold,
                 tensor_layout="HND",
             )
         # The kernel leaves the rows of a block that sees nothing as it found them.
@@ -69,6 +78,22 @@ def _why_not(call: AttentionCall, capability: Capability) -> list[str]:
         reasons.append(f"head_dim {call.head_dim}, not {' or '.join(map(str, _HEAD_DIMS))}")
     if call.seq_q < _LEAST_QUERIES:
         reasons.append(f"{call.seq_q} queries, its kernel takes {_LEAST_QUERIES} or more")
+    if capability.sm is not None and call.params:
+        reasons += _other_rounding(call, capability.sm)
+    return reasons
+
+
+def _other_rounding(call: AttentionCall, sm: int) -> list[str]:
+    """Why the package would not compute what the parameters of sparge_attention say."""
+    pv, blocks = "fp8" if sm >= 89 else "fp16", (call.param("block_q"), call.param("block_k"))
+    reasons = []
+    if call.param("pv") != pv:
+        reasons.append(f'has kernels for pv="{pv}" only on sm{sm}')
+    if blocks != blocks_for(sm):
+        have = " x ".join(map(str, blocks_for(sm)))
+        reasons.append(f"blocks of {blocks[0]} x {blocks[1]}, on sm{sm} it has {have}")
+    if not call.param("smooth_k"):
+        reasons.append("smooth_k=False fails in the package")
     return reasons
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UnsupportedError
+from .known_bad import at_run_time
 
 
 @contextmanager
@@ -23,9 +24,10 @@ def on_default_stream(package: str, q: Tensor) -> Iterator[None]:
         UnsupportedError: if the current stream is not the default stream (as in a CUDA-graph capture).
     """
     if q.is_cuda and torch.cuda.current_stream(q.device) != torch.cuda.default_stream(q.device):
+        reports = "".join(f" Known: {report}." for report in at_run_time(package))
         raise UnsupportedError(
             f"{package}: its kernels run on CUDA's default stream only, and another one is current (a side stream, or "
-            'a CUDA-graph capture). Use provider="triton", or a compile mode without CUDA graphs.'
+            f'a CUDA-graph capture). Use provider="triton", or a compile mode without CUDA graphs.{reports}'
         )
     with torch.cuda.device_of(q):
         yield

@@ -13,7 +13,9 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from sparseattn.attn_ops.backends import block_sparse as backend
 from sparseattn.attn_ops.block_index import BlockIndex
 from sparseattn.attn_ops.errors import ArgumentError, GradientError, UnsupportedError
-from sparseattn.attn_ops.kernels.cpu import block_sparse as kernel
+from sparseattn.attn_ops.kernels.cpu import block_sparse as dispatcher
+from sparseattn.attn_ops.kernels.cpu import gathered
+from sparseattn.attn_ops.kernels.cpu.native.library import Kernel
 from sparseattn.attn_ops.op import same_defaults
 from sparseattn.attn_ops.reference import block_sparse as reference
 
@@ -114,12 +116,12 @@ def distance(value: Tensor, exact: Tensor) -> float:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("chunk", [1, None], ids=["block by block", "chunked"])
-def test_forward_and_backward(
-    name: str, dtype: torch.dtype, chunk: int | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if chunk is not None:
-        monkeypatch.setattr(kernel, "_BYTES_PER_THREAD", chunk)
+@pytest.mark.parametrize("path", ["native", "gathered", "gathered block by block"])
+def test_forward_and_backward(name: str, dtype: torch.dtype, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if path != "native":
+        monkeypatch.setattr(dispatcher, "kernel", lambda: Kernel(None, path))
+    if path == "gathered block by block":
+        monkeypatch.setattr(gathered, "_BYTES_PER_THREAD", 1)
     case, tolerance = CASES[name], backend.BACKEND.tolerance[str(dtype).removeprefix("torch.")]
     lists, inputs = case.index(), case.inputs(dtype)
     arguments, sizes = defined(lists, case)

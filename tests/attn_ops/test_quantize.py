@@ -9,7 +9,16 @@ import torch
 from torch import Tensor
 
 from sparseattn.attn_ops.errors import ArgumentError
-from sparseattn.attn_ops.quantize import GRANULARITIES, QuantizedQK, mean_scores, quantize_qk, quantize_v_fp8
+from sparseattn.attn_ops.quantize import (
+    GRANULARITIES,
+    LARGEST,
+    QuantizedQK,
+    mean_scores,
+    offset_terms,
+    quantize_qk,
+    quantize_v_fp8,
+    without_mean,
+)
 
 Q_GROUP = {
     "per_block": lambda n: n // 128,
@@ -23,22 +32,85 @@ K_GROUP = {
 }
 
 
-def scales_by_the_book(x: Tensor, group_of: Callable[[Tensor], Tensor]) -> Tensor:
-    """The scale of every token from the published index map: amax of all tokens with the same index, / 127."""
+def amax_by_the_book(x: Tensor, group_of: Callable[[Tensor], Tensor]) -> Tensor:
+    """For every token, the largest value of all tokens with the same published index."""
     group = group_of(torch.arange(x.shape[-2]))
-    return torch.stack([x[..., group == g, :].abs().amax(dim=(-2, -1)) for g in group], dim=-1) / 127
+    return torch.stack([x[..., group == g, :].amax(dim=(-2, -1)) for g in group], dim=-1)
 
 
 @pytest.mark.parametrize("granularity", GRANULARITIES)
+@pytest.mark.parametrize("bits", LARGEST)
 @pytest.mark.parametrize("seq", [1, 7, 64, 128, 200, 333])
-def test_groups_are_the_published_ones(granularity: str, seq: int) -> None:
+def test_groups_are_the_published_ones(granularity: str, bits: int, seq: int) -> None:
     q, k = torch.randn(2, 4, seq, 24), torch.randn(2, 2, seq, 24)
-    got = quantize_qk(q, k, granularity=granularity, smooth_k=False)
-    assert torch.equal(got.q_scale, scales_by_the_book(q, Q_GROUP[granularity]))
-    assert torch.equal(got.k_scale, scales_by_the_book(k, K_GROUP[granularity]))
+    got = quantize_qk(q, k, granularity=granularity, smooth_k=False, bits=bits)
+    assert torch.equal(got.q_scale, amax_by_the_book(q.abs(), Q_GROUP[granularity]) / LARGEST[bits])
+    assert torch.equal(got.k_scale, amax_by_the_book(k.abs(), K_GROUP[granularity]) / LARGEST[bits])
+    assert got.q.abs().max() == got.k.abs().max() == LARGEST[bits]
     assert got.q_scale.is_contiguous()
     assert got.k_scale.is_contiguous()
-    assert got.k_mean is None
+    assert (got.k_mean, got.q_offset, got.k_offset, got.q_mean_scores) == (None, None, None, None)
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+@pytest.mark.parametrize("bits", LARGEST)
+def test_offsets_are_the_middle_of_a_group(granularity: str, bits: int) -> None:
+    q, k = torch.rand(2, 4, 200, 24) + 3, torch.randn(2, 2, 200, 24).exp()
+    got = quantize_qk(q, k, granularity=granularity, smooth_k=False, bits=bits, asymmetric=True)
+    for x, groups, integers, scale, offset in (
+        (q, Q_GROUP, got.q, got.q_scale, got.q_offset),
+        (k, K_GROUP, got.k, got.k_scale, got.k_offset),
+    ):
+        assert offset is not None
+        high, low = amax_by_the_book(x, groups[granularity]), -amax_by_the_book(-x, groups[granularity])
+        torch.testing.assert_close(offset, (high + low) / 2)
+        torch.testing.assert_close(scale, (high - low) / 2 / LARGEST[bits], rtol=1e-5, atol=1e-7)
+        assert (int(integers.min()), int(integers.max())) == (-LARGEST[bits], LARGEST[bits])
+        back = integers * scale.unsqueeze(-1) + offset.unsqueeze(-1)
+        assert ((back - x).abs() <= 0.501 * scale.unsqueeze(-1)).all()
+
+
+@pytest.mark.parametrize("bits", LARGEST)
+def test_offset_terms_complete_the_product(bits: int) -> None:
+    q, k = torch.randn(1, 4, 70, 24) + 2, torch.randn(1, 4, 90, 24) - 1
+    got = quantize_qk(q, k, granularity="per_warp", smooth_k=False, bits=bits, asymmetric=True)
+    terms = offset_terms(got)
+    assert terms is not None
+    assert got.q_offset is not None
+    assert got.k_offset is not None
+    left, right = (term.double() for term in terms)
+    steps = got.q_scale.double().unsqueeze(-1) * got.k_scale.double().unsqueeze(-2)
+    integers = steps * (got.q.double() @ got.k.double().mT)
+    numbers_q = got.q * got.q_scale.double().unsqueeze(-1) + got.q_offset.unsqueeze(-1)
+    numbers_k = got.k * got.k_scale.double().unsqueeze(-1) + got.k_offset.unsqueeze(-1)
+    torch.testing.assert_close(integers + left @ right, numbers_q @ numbers_k.mT, rtol=1e-6, atol=1e-4)
+    assert offset_terms(quantize_qk(q, k, granularity="per_warp", smooth_k=False)) is None
+
+
+@pytest.mark.parametrize("seq", [1, 100, 128, 300])
+@pytest.mark.parametrize("smooth_k", [False, True])
+def test_smooth_q_takes_the_mean_of_a_block_and_keeps_its_scores(seq: int, smooth_k: bool) -> None:
+    q, k = torch.randn(2, 4, seq, 24) + 5, torch.randn(2, 2, 90, 24) + 5
+    got = quantize_qk(q, k, granularity="per_thread", smooth_k=smooth_k, smooth_q=True)
+    rest = q.clone()
+    assert got.q_mean_scores is not None
+    assert got.q_mean_scores.shape == (2, 4, -(-seq // 128), 90)
+    centred = (k - k.mean(2, keepdim=True) if smooth_k else k).double().repeat_interleave(2, 1)
+    for block, start in enumerate(range(0, seq, 128)):
+        mean = q[:, :, start : start + 128].double().mean(2, keepdim=True)
+        rest[:, :, start : start + 128] -= mean
+        scores = got.q_mean_scores[:, :, block].double()
+        torch.testing.assert_close(scores, (mean @ centred.mT).squeeze(2), rtol=1e-4, atol=1e-4)
+    back = got.q * got.q_scale.unsqueeze(-1)
+    assert ((back - rest).abs() <= 0.501 * got.q_scale.unsqueeze(-1) + 1e-6).all()
+
+
+def test_without_mean() -> None:
+    x = (torch.randn(2, 3, 50, 8) + 7).bfloat16()
+    rest, mean = without_mean(x)
+    assert (rest.dtype, mean.dtype, mean.shape) == (torch.float32, torch.float32, (2, 3, 1, 8))
+    torch.testing.assert_close(rest + mean, x.float())
+    assert rest.mean(2).abs().max() < 1e-5
 
 
 @pytest.mark.parametrize("granularity", GRANULARITIES)
@@ -98,12 +170,14 @@ def test_the_mean_is_taken_in_fp32() -> None:
     assert torch.equal(got.k_mean, torch.full((1, 1, 1, 8), 50.0))
 
 
-def test_an_unknown_granularity_is_named() -> None:
+def test_an_unknown_granularity_or_number_of_bits_is_named() -> None:
     x = torch.randn(1, 1, 8, 8)
     with pytest.raises(
         ArgumentError, match="granularity must be one of per_block, per_warp, per_thread, got 'per_row'"
     ):
         quantize_qk(x, x, granularity="per_row", smooth_k=True)
+    with pytest.raises(ArgumentError, match="bits must be 8 or 4, got 2"):
+        quantize_qk(x, x, granularity="per_block", smooth_k=True, bits=2)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -128,18 +202,20 @@ def test_mean_scores_of_grouped_heads() -> None:
 
 
 def test_compiles_in_one_graph_for_every_length() -> None:
+    options = {"granularity": "per_thread", "smooth_k": True, "asymmetric": True}
+
     @torch.compile(fullgraph=True, dynamic=True, backend="aot_eager")
     def compiled(q: Tensor, k: Tensor) -> QuantizedQK:
-        return quantize_qk(q, k, granularity="per_thread", smooth_k=True)
+        return quantize_qk(q, k, **options)
 
     torch._dynamo.utils.counters.clear()
     for seq in (40, 77, 192, 300, 61):
         q, k = torch.randn(1, 2, seq, 16), torch.randn(1, 1, seq + 3, 16)
-        for got, want in zip(compiled(q, k), quantize_qk(q, k, granularity="per_thread", smooth_k=True), strict=True):
-            assert got is not None
-            assert want is not None
-            # The mean is summed in another order, so an integer at a half may move by one.
-            torch.testing.assert_close(
-                got.float(), want.float(), rtol=1e-5, atol=1.01 if got.dtype is torch.int8 else 1e-6
-            )
+        wanted = quantize_qk(q, k, **options)
+        for got, want in zip(compiled(q, k), wanted, strict=True):
+            assert (got is None) == (want is None)
+            if got is not None and want is not None:
+                # Means are summed in another order, so an integer at a half may move by one.
+                atol = 1.01 if got.dtype is torch.int8 else 1e-5
+                torch.testing.assert_close(got.float(), want.float(), rtol=1e-5, atol=atol)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1

@@ -72,15 +72,15 @@ def within(got: Tensor, want: Tensor, pv: str) -> bool:
 
 @pytest.mark.parametrize("provider", PROVIDERS)
 @pytest.mark.parametrize("pv", sage.PV)
-@pytest.mark.parametrize("qk_quant", GRANULARITIES)
+@pytest.mark.parametrize("granularity", GRANULARITIES)
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize(("heads", "kv_heads"), [(2, 2), (4, 2), (4, 1)])
 def test_error_to_exact_attention(
-    provider: str, pv: str, qk_quant: str, causal: bool, heads: int, kv_heads: int
+    provider: str, pv: str, granularity: str, causal: bool, heads: int, kv_heads: int
 ) -> None:
     for seq, dim in itertools.product((64, 100, 128, 192, 256), (64, 128)):
         q, k, v = inputs(heads, kv_heads, seq, seq, dim)
-        out, lse = sage_attention(q, k, v, qk_quant=qk_quant, pv=pv, causal=causal, provider=provider)
+        out, lse = sage_attention(q, k, v, granularity=granularity, pv=pv, causal=causal, provider=provider)
         want, want_lse = exact(q, k, v, causal=causal)
         assert within(out, want, pv), (seq, dim, errors(out, want))
         assert (lse - want_lse).abs().mean() <= 5e-3, (seq, dim)
@@ -94,19 +94,19 @@ def test_error_to_exact_attention(
 def test_cpu_kernel_is_the_definition(dtype: torch.dtype, pv: str, causal: bool, smooth_k: bool, dim: int) -> None:
     """The integers are the same, so the rest is a rare weight that rounds the other way, and bf16's product with V."""
     limit = 6e-3 if dtype is torch.bfloat16 else 1e-3
-    for qk_quant, (seq_q, seq_k) in itertools.product(GRANULARITIES, [(1, 1), (130, 130), (70, 301), (300, 77)]):
+    for granularity, (seq_q, seq_k) in itertools.product(GRANULARITIES, [(1, 1), (130, 130), (70, 301), (300, 77)]):
         q, k, v = inputs(4, 2, seq_q, seq_k, dim, dtype, offset=2.0)
         arguments: dict[str, Any] = {
             "causal": causal,
             "scale": 0.3,
-            "qk_quant": qk_quant,
+            "granularity": granularity,
             "pv": pv,
             "smooth_k": smooth_k,
         }
         out, lse = cpu.attention(q, k, v, **arguments)
         want, want_lse = reference.sage_attention(q, k, v, **arguments)
         assert out.dtype is dtype
-        assert (out.double() - want.double()).norm() <= limit * want.double().norm(), (qk_quant, seq_q, seq_k)
+        assert (out.double() - want.double()).norm() <= limit * want.double().norm(), (granularity, seq_q, seq_k)
         torch.testing.assert_close(lse, want_lse, rtol=1e-5, atol=2e-5)
 
 
@@ -117,7 +117,7 @@ def test_cpu_kernel_in_several_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
         arguments: dict[str, Any] = {
             "causal": causal,
             "scale": 0.2,
-            "qk_quant": "per_warp",
+            "granularity": "per_warp",
             "pv": "fp16",
             "smooth_k": True,
         }
@@ -135,7 +135,7 @@ def test_cpu_kernel_without_an_exact_int8_product(int8: bool, monkeypatch: pytes
     monkeypatch.setattr(cpu, "_int8_matmul_is_exact", lambda: int8)
     q = k = torch.ones(1, 1, 64, 256)
     v = torch.randn(1, 1, 64, 256)
-    out, lse = cpu.attention(q, k, v, scale=1.0, qk_quant="per_block", pv="fp16", smooth_k=False)
+    out, lse = cpu.attention(q, k, v, scale=1.0, granularity="per_block", pv="fp16", smooth_k=False)
     torch.testing.assert_close(lse, torch.full((1, 1, 64), 256.0 + math.log(64)))
     torch.testing.assert_close(out, v.half().float().mean(dim=2, keepdim=True).expand_as(out), rtol=1e-3, atol=1e-4)
 
@@ -167,13 +167,13 @@ def test_smoothing_removes_a_large_offset_of_k(provider: str, offset: float) -> 
 
 @pytest.mark.parametrize("provider", PROVIDERS)
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("qk_quant", GRANULARITIES)
+@pytest.mark.parametrize("granularity", GRANULARITIES)
 @pytest.mark.parametrize("offset", [0.0, 8.0])
-def test_all_but_the_integers_is_exact(provider: str, dtype: torch.dtype, qk_quant: str, offset: float) -> None:
+def test_all_but_the_integers_is_exact(provider: str, dtype: torch.dtype, granularity: str, offset: float) -> None:
     """Against fp64 attention of the rounded q and k: published kernels correct the lse in half precision, 0.02 off."""
     q, k, v = inputs(seq_q=200, seq_k=200, dtype=dtype, offset=offset)
-    out, lse = sage_attention(q, k, v, qk_quant=qk_quant, provider=provider)
-    got = quantize_qk(q, k, granularity=qk_quant, smooth_k=True)
+    out, lse = sage_attention(q, k, v, granularity=granularity, provider=provider)
+    got = quantize_qk(q, k, granularity=granularity, smooth_k=True)
     assert got.k_mean is not None
     rounded_q, rounded_k = got.q * got.q_scale.unsqueeze(-1), got.k * got.k_scale.unsqueeze(-1)
     want, want_lse = exact(rounded_q, rounded_k, v)
@@ -265,7 +265,7 @@ def test_no_keys_and_no_queries(provider: str) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_opcheck(provider: str, dtype: torch.dtype) -> None:
     q, k, v = (torch.randn(1, 33, 2, 16).to(dtype).transpose(1, 2) for _ in range(3))
-    for arguments in ({}, {"causal": True, "pv": "fp8", "qk_quant": "per_block", "smooth_k": False, "scale": 0.5}):
+    for arguments in ({}, {"causal": True, "pv": "fp8", "granularity": "per_block", "smooth_k": False, "scale": 0.5}):
         torch.library.opcheck(OP, (q, k, v), {**arguments, "provider": provider})
 
 
@@ -276,7 +276,7 @@ def test_kernels_repeat_the_defaults_of_the_schema() -> None:
 
 def test_scale_and_defaults() -> None:
     q, k, v = inputs()
-    given = sage_attention(q, k, v, qk_quant="per_thread", pv="fp16", smooth_k=True, causal=False, scale=64**-0.5)
+    given = sage_attention(q, k, v, granularity="per_thread", pv="fp16", smooth_k=True, causal=False, scale=64**-0.5)
     for a, b in zip(OP(q, k, v), given, strict=True):
         assert torch.equal(a, b)
     assert within(sage_attention(q, k, v, scale=0.7)[0], exact(q, k, v, scale=0.7)[0], "fp8")
@@ -332,7 +332,8 @@ def test_exports() -> None:
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        ({"qk_quant": "per_row"}, "qk_quant must be one of per_block, per_warp, per_thread, got 'per_row'"),
+        ({"bits": 2}, "bits must be 8 or 4, got 2"),
+        ({"granularity": "per_row"}, "granularity must be one of per_block, per_warp, per_thread, got 'per_row'"),
         ({"pv": "int8"}, "pv must be one of fp16, fp8, got 'int8'"),
     ],
 )

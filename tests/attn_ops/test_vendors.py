@@ -106,10 +106,11 @@ class Sage:
     def __init__(self) -> None:
         self.called = ""
         self.k: Tensor | None = None
+        self.v: Tensor | None = None
 
     def _attend(self, name: str, q: Tensor, k: Tensor, v: Tensor, **common: Any) -> tuple[Tensor, Tensor]:
         assert (common["tensor_layout"], common["smooth_k"], common["return_lse"]) == ("HND", False, True)
-        self.called, self.k = name, k
+        self.called, self.k, self.v = name, k, v
         out, lse = dense(q, k, v, common["sm_scale"], common["is_causal"])
         return out.contiguous(), lse
 
@@ -153,7 +154,7 @@ FUNCTIONS = [name for name in vars(Sage) if name.startswith("sageattn")]
 
 
 @pytest.mark.parametrize(
-    ("sm", "qk_quant", "pv", "called"),
+    ("sm", "granularity", "pv", "called"),
     [
         (80, "per_block", "fp16", "triton"),
         (80, "per_thread", "fp16", "fp16 per_thread"),
@@ -165,40 +166,54 @@ FUNCTIONS = [name for name in vars(Sage) if name.startswith("sageattn")]
     ],
 )
 def test_sageattention_calls_what_was_asked(
-    monkeypatch: pytest.MonkeyPatch, sm: int, qk_quant: str, pv: str, called: str
+    monkeypatch: pytest.MonkeyPatch, sm: int, granularity: str, pv: str, called: str
 ) -> None:
     fake = Sage()
     install(monkeypatch, "sageattention", **{name: getattr(fake, name) for name in FUNCTIONS})
     pretend_sm(monkeypatch, sageattention, sm)
     q, k, v = inputs()
-    for causal, smooth_k in itertools.product((False, True), (False, True)):
-        before = k.clone()
-        arguments = {"causal": causal, "scale": 0.2, "qk_quant": qk_quant, "pv": pv, "smooth_k": smooth_k}
+    for causal, smooth_k, smooth_v in itertools.product((False, True), repeat=3):
+        before = k.clone(), v.clone()
+        arguments = {"causal": causal, "scale": 0.2, "granularity": granularity, "pv": pv}
+        arguments |= {"smooth_k": smooth_k, "smooth_v": smooth_v}
         out, lse = sageattention.load()(q, k, v, **arguments)
         assert fake.called == called
-        assert torch.equal(k, before)
+        assert torch.equal(k, before[0])
+        assert torch.equal(v, before[1])
         want, want_lse = dense(q, k, v, 0.2, causal)
         torch.testing.assert_close(out, want, rtol=1e-2, atol=1e-2)
         torch.testing.assert_close(lse, want_lse, rtol=0, atol=5e-3)
         assert out.stride() == q.stride()
         assert lse.is_contiguous()
         assert fake.k is not None
+        assert fake.v is not None
         assert (fake.k.float().mean(2).abs().max() < 1e-2) == smooth_k
+        assert (fake.v.float().mean(2).abs().max() < 1e-2) == smooth_v
 
 
 @pytest.mark.parametrize(
-    ("sm", "qk_quant", "pv", "seq_k", "sentence"),
+    ("sm", "params", "sentence"),
     [
-        (89, "per_block", "fp8", 64, 'no kernel for qk_quant="per_block" with pv="fp8" on sm89'),
-        (120, "per_block", "fp16", 64, 'no kernel for qk_quant="per_block" with pv="fp16" on sm120'),
-        (86, "per_thread", "fp8", 64, 'no kernel for pv="fp8" on sm86'),
-        (120, "per_thread", "fp8", 160_001, 'pv="fp8" with 160001 keys on sm120 gives noise'),
+        (
+            89,
+            {"granularity": "per_block", "pv": "fp8"},
+            'has no kernel for granularity="per_block" with pv="fp8" on sm89',
+        ),
+        (
+            120,
+            {"granularity": "per_block", "pv": "fp16"},
+            'has no kernel for granularity="per_block" with pv="fp16" on sm120',
+        ),
+        (86, {"granularity": "per_thread", "pv": "fp8"}, 'has no kernel for pv="fp8" on sm86'),
+        (89, {"bits": 4}, "bits=4: its release has no INT4 kernel"),
+        (89, {"smooth_q": True}, "smooth_q=True: it has no kernel for it"),
+        (89, {"asymmetric": True}, "asymmetric=True: it has no kernel for it"),
     ],
 )
-def test_sageattention_says_what_it_cannot(sm: int, qk_quant: str, pv: str, seq_k: int, sentence: str) -> None:
-    call = a_call(seq_k=seq_k, params=(("qk_quant", qk_quant), ("pv", pv)))
+def test_sageattention_says_what_it_cannot(sm: int, params: dict[str, Any], sentence: str) -> None:
+    call = a_call(seq_k=64, params=tuple(params.items()))
     (reason,) = sageattention.PROVIDER.reasons(call, Capability.of(f"sm{sm}", {"sageattention": "2.2.0"}))
-    assert sentence in reason
+    assert reason == sentence
 
 
 @pytest.mark.parametrize(
@@ -226,7 +241,7 @@ def test_a_side_stream_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "default_stream", lambda _device: "default")
     on_gpu: Any = SimpleNamespace(is_cuda=True, device="cuda:0")
     with (
-        pytest.raises(UnsupportedError, match=r"CUDA-graph capture.*Use provider=\"triton\""),
+        pytest.raises(UnsupportedError, match=r"CUDA-graph capture.*Use provider=\"triton\".*SageAttention/issues/392"),
         stream.on_default_stream("sageattention", on_gpu),
     ):
         pass

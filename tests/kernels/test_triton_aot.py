@@ -35,10 +35,19 @@ def launch_block_sparse(
 
 
 def launch_sage(
-    dtype: torch.dtype, head_dim: int, pv: str, masked: bool, seq_q: int = 256, seq_k: int = 256, heads: int = 4
+    dtype: torch.dtype,
+    head_dim: int,
+    pv: str,
+    masked: bool,
+    seq_q: int = 256,
+    seq_k: int = 256,
+    heads: int = 4,
+    smooth: bool = False,
 ) -> None:
+    """Launch with k smoothed, or all of q, k and v."""
     q, k, v = qkv(dtype, head_dim, seq_q, seq_k - 10 * masked, heads)
-    sage.attention(q, k, v, causal=masked, scale=0.1, qk_quant="per_thread", pv=pv, smooth_k=True)
+    options = {"granularity": "per_thread", "smooth_k": True, "smooth_q": smooth, "smooth_v": smooth}
+    sage.attention(q, k, v, causal=masked, scale=0.1, pv=pv, **options)
 
 
 def check(kernels: list[CompiledKernel], arch: int) -> CompiledKernel:
@@ -141,17 +150,25 @@ def test_sage_with_every_mask(arch: int, dtype: torch.dtype, head_dim: int, pv: 
     check(kernels, arch)
 
 
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("arch", ARCHS)
+def test_sage_smoothed(arch: int, head_dim: int) -> None:
+    with gpu(arch) as kernels:
+        launch_sage(BF16, head_dim, "fp16" if arch < 89 else "fp8", masked=True, smooth=True)
+    check(kernels, arch)
+
+
 LENGTHS = [(1, 75), (16, 26), (100, 110), (128, 139), (1000, 523), (1, 2059)]
 """(Sq, Sk + 10): 1, multiples of 16 and others are what Triton would compile a kernel of its own for."""
 
 
-@pytest.mark.parametrize("kernel", ["block_sparse", "sage"])
+@pytest.mark.parametrize("kernel", ["block_sparse", "sage", "sage_smoothed"])
 def test_one_kernel_for_every_length_and_number_of_heads(kernel: str) -> None:
     with gpu(90) as kernels:
         for heads in (2, 4, 16):
             for seq_q, seq_k in LENGTHS:
-                if kernel == "sage":
-                    launch_sage(BF16, 64, "fp8", True, seq_q, seq_k, heads)
+                if kernel.startswith("sage"):
+                    launch_sage(BF16, 64, "fp8", True, seq_q, seq_k, heads, smooth=kernel == "sage_smoothed")
                 else:
                     launch_block_sparse(BF16, 64, 64, True, seq_q, seq_k, heads)
     (compiled,) = kernels

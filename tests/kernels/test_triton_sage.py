@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import pytest
 import torch
@@ -31,13 +31,17 @@ class Case:
     dtype: torch.dtype = torch.float32
     causal: bool = False
     scale: float = 0.125
-    qk_quant: str = "per_thread"
+    granularity: str = "per_thread"
     pv: str = "fp16"
     smooth_k: bool = True
+    bits: int = 8
+    smooth_q: bool = False
+    smooth_v: bool = False
 
     @property
     def options(self) -> dict[str, object]:
-        return {name: getattr(self, name) for name in ("causal", "scale", "qk_quant", "pv", "smooth_k")}
+        shapes = ("heads", "seq", "batch", "head_dim", "dtype")
+        return {field.name: getattr(self, field.name) for field in fields(self) if field.name not in shapes}
 
 
 def inputs(case: Case) -> tuple[Tensor, Tensor, Tensor]:
@@ -83,14 +87,26 @@ MODES = {
     "whole_tiles": Case(seq=(64, 128)),
     "one_key": Case(seq=(10, 1), smooth_k=False),
     "not_smoothed": Case(smooth_k=False),
-    "per_block": Case(qk_quant="per_block", seq=(140, 140)),
-    "per_warp": Case(qk_quant="per_warp"),
+    "per_block": Case(granularity="per_block", seq=(140, 140)),
+    "per_warp": Case(granularity="per_warp"),
+    "int4": Case(bits=4),
+    "int4_smooth_q": Case(bits=4, smooth_q=True, heads=(4, 2), batch=2, seq=(40, 70), head_dim=32),
+    "smooth_q": Case(smooth_q=True, seq=(300, 100)),
+    "smooth_q_causal": Case(smooth_q=True, causal=True, seq=(150, 150)),
+    "smooth_q_causal_cross": Case(smooth_q=True, causal=True, seq=(150, 70), smooth_k=False),
+    "smooth_q_whole_tiles": Case(smooth_q=True, seq=(128, 128)),
+    "smooth_q_small_tiles": Case(smooth_q=True, seq=(200, 40), head_dim=160),
+    "smooth_q_negative_scale": Case(smooth_q=True, scale=-0.1, causal=True),
+    "smooth_q_zero_scale": Case(smooth_q=True, scale=0.0, causal=True),
+    "smooth_v": Case(smooth_v=True, heads=(4, 2), batch=2),
+    "fp8_smooth_v": Case(smooth_v=True, pv="fp8", seq=(40, 32)),
+    "all": Case(bits=4, smooth_q=True, smooth_v=True, pv="fp8", causal=True, seq=(150, 150), granularity="per_warp"),
     "negative_scale": Case(scale=-0.1, causal=True),
     "zero_scale": Case(scale=0.0, causal=True),
     "fp8_one_tile": Case(pv="fp8", seq=(40, 32)),
     "fp8_one_short_tile": Case(pv="fp8", seq=(40, 30), causal=True),
     "fp8": Case(pv="fp8"),
-    "fp8_causal": Case(pv="fp8", causal=True, seq=(150, 150), heads=(4, 2), qk_quant="per_warp"),
+    "fp8_causal": Case(pv="fp8", causal=True, seq=(150, 150), heads=(4, 2), granularity="per_warp"),
 }
 
 
@@ -150,6 +166,19 @@ def test_inputs_stay_as_they_were() -> None:
     check(case, *args)
     for tensor, copy in zip(args, before, strict=True):
         assert torch.equal(tensor, copy)
+
+
+def test_equal_queries_leave_no_scale_to_divide_by() -> None:
+    """Without their mean they are 0, so that the largest integer stands for next to nothing."""
+    case = Case(smooth_q=True, seq=(150, 100))
+    q, k, v = inputs(case)
+    check(case, torch.full_like(q, 3.0), k, v)
+
+
+def test_offsets_are_refused() -> None:
+    case = Case(seq=(16, 16))
+    with interpret(), pytest.raises(UnsupportedError, match="has no offsets, got asymmetric=True"):
+        sage.attention(*inputs(case), **case.options, asymmetric=True)
 
 
 def test_fp8_needs_sm89() -> None:

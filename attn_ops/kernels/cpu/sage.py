@@ -1,4 +1,4 @@
-"""SageAttention on CPU: INT8 scores, an fp32 softmax over all keys of a chunk of queries, then the product with V.
+"""SageAttention on CPU: integer scores, an fp32 softmax over all keys of a chunk of queries, then the product with V.
 
 The integers are those of the reference. P and V are rounded as `pv` says, except that a bf16 V is multiplied in bf16
 where the CPU does that natively: V is exact then, and P keeps 8 bits, as in dense bf16 attention.
@@ -10,50 +10,92 @@ import functools
 import itertools
 import math
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ...layout import empty_result
-from ...quantize import mean_scores, quantize_qk, quantize_v_fp8
+from ...quantize import (
+    SMOOTH_Q_BLOCK,
+    QuantizedQK,
+    mean_scores,
+    offset_terms,
+    quantize_qk,
+    quantize_v_fp8,
+    without_mean,
+)
 
 _LOG2_E = math.log2(math.e)
 _E4M3_MAX = 448.0
 _CHUNK = (32, 256)
 _CHUNK_SCORES = 1 << 19
 
+Scores = Callable[[slice, int], Tensor]
+"""(rows, how many keys they see) -> the scores of one head, (rows, keys) fp32."""
 Product = Callable[[Tensor, tuple[int, int]], Tensor]
 """(p: (rows, keys) fp32 in 0 ... 1, (batch, kv head)) -> p @ v, (rows, D) fp32."""
 
 
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, scale: float, qk_quant: str, pv: str, smooth_k: bool
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = False,
+    scale: float,
+    pv: str,
+    smooth_v: bool = False,
+    **qk_options: Any,
 ) -> tuple[Tensor, Tensor]:
-    """q: (B, Hq, Sq, D), k, v: (B, Hkv, Sk, D). Returns out like q and lse (B, Hq, Sq) fp32."""
+    """q: (B, Hq, Sq, D), k, v: (B, Hkv, Sk, D); `qk_options` are those of `quantize_qk`.
+
+    Returns out like q and lse (B, Hq, Sq) fp32.
+    """
     out, lse = empty_result(q)
     if q.numel() == 0 or k.numel() == 0:
         return out, lse
-    int8 = quantize_qk(q, k, granularity=qk_quant, smooth_k=smooth_k)
-    row_scale = (int8.q_scale * (scale * _LOG2_E)).unsqueeze(-1)
+    qk = quantize_qk(q, k, **qk_options)
+    v, v_mean = without_mean(v) if smooth_v else (v, None)
     times_v = _fp8_product(v) if pv == "fp8" else _fp16_product(v)
-    group = q.shape[1] // k.shape[1]
+    offsets, group = offset_terms(qk), q.shape[1] // k.shape[1]
     for batch, head in itertools.product(range(q.shape[0]), range(q.shape[1])):
         at = batch, head // group
-        queries, keys = _operands(int8.q[batch, head], int8.k[at])
+        scores_of = _scores(qk, offsets, scale * _LOG2_E, head, at)
         for rows, seen in _chunks(q.shape[2], k.shape[2], causal):
-            scores = _matmul(queries[rows], keys[:, :seen]).mul_(int8.k_scale[at][:seen])
-            scores.mul_(row_scale[batch, head, rows])
+            scores = scores_of(rows, seen)
             if causal:
                 _hide_future(scores, rows.start)
             largest = scores.amax(dim=-1, keepdim=True)
             # exp2 is 2.5 times faster than exp in torch's vectorised loops, and softmax keeps no lse.
             weights = scores.sub_(largest).exp2_()
             total = weights.sum(dim=-1, keepdim=True)
-            out[batch, head, rows] = times_v(weights, at).div_(total)
+            values = times_v(weights, at).div_(total)
+            out[batch, head, rows] = values if v_mean is None else values.add_(v_mean[at])
             lse[batch, head, rows] = (largest + total.log2()).squeeze(-1) / _LOG2_E
-    if int8.k_mean is not None:
-        lse += mean_scores(q, int8.k_mean, scale)
+    if qk.k_mean is not None:
+        lse += mean_scores(q, qk.k_mean, scale)
     return out, lse
+
+
+def _scores(
+    qk: QuantizedQK, offsets: tuple[Tensor, Tensor] | None, factor: float, head: int, at: tuple[int, int]
+) -> Scores:
+    """Return what computes factor * scores of a query head with its (batch, kv head)."""
+    here = at[0], head
+    queries, keys = _operands(qk.q[here], qk.k[at])
+    row_scale, key_scale = (qk.q_scale[here] * factor).unsqueeze(-1), qk.k_scale[at]
+
+    def scores_of(rows: slice, seen: int) -> Tensor:
+        scores = _matmul(queries[rows], keys[:, :seen]).mul_(key_scale[:seen]).mul_(row_scale[rows])
+        if offsets is not None:
+            scores.addmm_(offsets[0][here][rows], offsets[1][at][:, :seen], alpha=factor)
+        if qk.q_mean_scores is not None:
+            block = torch.arange(rows.start, rows.stop) // SMOOTH_Q_BLOCK
+            scores.add_(qk.q_mean_scores[here][block, :seen], alpha=factor)
+        return scores
+
+    return scores_of
 
 
 def _chunks(seq_q: int, seq_k: int, causal: bool) -> Iterator[tuple[slice, int]]:

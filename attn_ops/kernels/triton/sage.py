@@ -1,10 +1,12 @@
 """SageAttention in Triton, for sm_80 and newer: INT8 scores, then FP16 or (sm_89 and newer) FP8 values.
 
-Quantization is `attn_ops/quantize.py`; a scale per token makes every granularity one kernel. FP32 sums everywhere.
-The sum of weights is taken before they are rounded to FP16 or FP8.
+Quantization is `attn_ops/quantize.py`; a scale per token makes every granularity one kernel, and INT4 is INT8 that uses
+15 integers. FP32 sums everywhere. The sum of weights is taken before they are rounded to FP16 or FP8.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import triton
@@ -13,7 +15,7 @@ from torch import Tensor
 
 from ...errors import UnsupportedError
 from ...layout import empty_result
-from ...quantize import quantize_qk, quantize_v_fp8
+from ...quantize import SMOOTH_Q_BLOCK, QuantizedQK, quantize_qk, quantize_v_fp8, without_mean
 from .device import LN_2, LOG2_E, finish, load, start, weigh
 from .tiles import on_device, padded_head_dim, sage_tile, target_arch
 
@@ -21,6 +23,7 @@ _LEAST_FACTOR = tl.constexpr(2.0**-120)
 _LEAST_INT8_DIM = 32
 _FP8_ARCH = 89
 _FP8_ALIGNMENT = 16
+_SMOOTH_Q_BLOCK = tl.constexpr(SMOOTH_Q_BLOCK)
 _FP8_PEAK_LOG2 = tl.constexpr(8.807354922057604)  # log2(448), the largest e4m3 number: weights fill its range
 
 
@@ -31,9 +34,9 @@ def attention(
     *,
     causal: bool,
     scale: float,
-    qk_quant: str,
     pv: str,
-    smooth_k: bool,
+    smooth_v: bool = False,
+    **qk_options: Any,
 ) -> tuple[Tensor, Tensor]:
     """Quantized attention of every query to every key.
 
@@ -43,16 +46,16 @@ def attention(
         v: (B, Hkv, Sk, D).
         causal: token i sees keys 0 ... i (top-left).
         scale: factor on the scores.
-        qk_quant: granularity of the INT8 scales of q and k, "per_block", "per_warp" or "per_thread".
         pv: "fp16": weights and v in FP16; "fp8": in e4m3, v with a scale per channel.
-        smooth_k: subtract k's mean over tokens before quantization.
+        smooth_v: round v without its mean over tokens, and add the mean to the output.
+        qk_options: those of `quantize_qk`.
 
     Returns:
         out: like q.
         lse: (B, Hq, Sq) fp32, natural logarithm, of the scores with k's mean.
 
     Raises:
-        UnsupportedError: for pv="fp8" on a GPU older than sm_89.
+        UnsupportedError: for pv="fp8" on a GPU older than sm_89, and for asymmetric=True.
     """
     if q.numel() == 0 or k.numel() == 0:
         return empty_result(q)
@@ -62,16 +65,15 @@ def attention(
     seq_k, dim = k.shape[2], padded_head_dim(head_dim, least=_LEAST_INT8_DIM)
     out, lse = torch.empty_like(q), q.new_empty(q.shape[:-1], dtype=torch.float32)
     with on_device(q):
-        arch, tile = target_arch(), sage_tile(dim)
-        if pv == "fp8" and arch < _FP8_ARCH:
-            needs = f'pv="fp8" needs sm_{_FP8_ARCH} or newer, got sm_{arch}'
-            raise UnsupportedError(f'sage_attention: {needs}. Use pv="fp16".')
-        qk = quantize_qk(q, k, granularity=qk_quant, smooth_k=smooth_k)
+        tile = sage_tile(dim)
+        qk = quantize_qk(q, k, **qk_options)
+        _refuse(qk, pv, target_arch())
+        v, v_mean = without_mean(v) if smooth_v else (v, None)
         v, v_scale = _values(v, pv)
         tiles_q = triton.cdiv(seq_q, tile.rows)
         _forward[(tiles_q * heads * batch,)](
-            *(qk.q, qk.q.stride()[:3], qk.q_scale, qk.k, qk.k.stride()[:3], qk.k_scale, v, v.stride(), v_scale),
-            *(q, q.stride()[:3], qk.k_mean, out, out.stride()[:3], lse),
+            *(qk.q, qk.q.stride()[:3], qk.q_scale, qk.k, qk.k.stride()[:3], qk.k_scale, qk.q_mean_scores),
+            *(v, v.stride(), v_scale, v_mean, q, q.stride()[:3], qk.k_mean, out, out.stride()[:3], lse),
             *(scale * LOG2_E, tiles_q, heads, heads // k.shape[1], seq_q, seq_k),
             CAUSAL=causal,
             SHORT_TAIL=seq_k % tile.keys != 0,
@@ -83,6 +85,16 @@ def attention(
             num_stages=tile.stages,
         )
     return out, lse
+
+
+def _refuse(qk: QuantizedQK, pv: str, arch: int) -> None:
+    if pv == "fp8" and arch < _FP8_ARCH:
+        needs = f'pv="fp8" needs sm_{_FP8_ARCH} or newer, got sm_{arch}'
+        raise UnsupportedError(f'sage_attention: {needs}. Use pv="fp16".')
+    if qk.q_offset is not None:
+        raise UnsupportedError(
+            "sage_attention: the Triton kernel has no offsets, got asymmetric=True. Use smooth_k and smooth_q."
+        )
 
 
 def _values(v: Tensor, pv: str) -> tuple[Tensor, Tensor | None]:
@@ -107,9 +119,11 @@ def _forward(
     K8,
     k8_strides,
     KScale,
+    QMeanScores,
     V,
     v_strides,
     VScale,
+    VMean,
     Q,
     q_strides,
     KMean,
@@ -159,16 +173,23 @@ def _forward(
     if CAUSAL:
         end = tl.minimum(seq_k, tile * ROWS + ROWS)
         whole = tl.minimum(seq_k, tile * ROWS + 1) // KEYS * KEYS
-    keys = (K8, k8_strides[2], KScale + kv_plane * seq_k, V, v_strides[2], v_strides[3], seq_k)
+    if QMeanScores is not None:
+        blocks = tl.cdiv(seq_q, _SMOOTH_Q_BLOCK)
+        QMeanScores += ((batch * heads + head) * blocks + tile * ROWS // _SMOOTH_Q_BLOCK) * seq_k
+    keys = (K8, k8_strides[2], KScale + kv_plane * seq_k, QMeanScores, V, v_strides[2], v_strides[3], seq_k)
     state = start(ROWS, DIM)
-    state = _attend(state, q, factor, row, keys, 0, whole, False, False, KEYS, HEAD_DIM, PEAK_LOG2)
+    scales = (factor, scale_log2)
+    state = _attend(state, q, scales, row, keys, 0, whole, False, False, KEYS, HEAD_DIM, PEAK_LOG2)
     if CAUSAL or SHORT_TAIL:
-        state = _attend(state, q, factor, row, keys, whole, end, CAUSAL, SHORT_TAIL, EDGE_KEYS, HEAD_DIM, PEAK_LOG2)
+        state = _attend(state, q, scales, row, keys, whole, end, CAUSAL, SHORT_TAIL, EDGE_KEYS, HEAD_DIM, PEAK_LOG2)
 
     out, lse = finish(state[0], state[1], state[2], PEAK_LOG2)
     if VScale is not None:
         v_scale = tl.load(VScale + kv_plane * HEAD_DIM + dim, mask=channel_exists, other=0.0)
         out = out * v_scale[None, :]
+    if VMean is not None:
+        v_mean = tl.load(VMean + kv_plane * HEAD_DIM + dim, mask=channel_exists, other=0.0)
+        out = out + v_mean[None, :]
     if KMean is not None:
         mean = tl.load(KMean + kv_plane * HEAD_DIM + dim, mask=channel_exists, other=0.0)
         Q += batch * q_strides[0] + head * q_strides[1]
@@ -183,7 +204,7 @@ def _forward(
 def _attend(
     state,
     q,
-    factor,
+    scales,
     row,
     keys,
     first,
@@ -196,7 +217,8 @@ def _attend(
 ):
     """Bring the keys first ... stop - 1 into the state."""
     acc, total, top = state
-    K8, k_stride, KScale, V, v_stride, v_channel_stride, seq_k = keys
+    factor, scale_log2 = scales
+    K8, k_stride, KScale, QMeanScores, V, v_stride, v_channel_stride, seq_k = keys
     DIM: tl.constexpr = q.shape[1]
     token = tl.arange(0, KEYS)
     dim = tl.arange(0, DIM)
@@ -211,11 +233,15 @@ def _attend(
         k = load(K8 + wide_key * k_stride + dim[None, :], mask)
         k_scale = load(KScale + key, exists if SHORT_TAIL else None)
         scores = tl.dot(q, k.T).to(tl.float32) * k_scale[None, :]
+        if QMeanScores is not None:
+            mean_scores = load(QMeanScores + key, exists if SHORT_TAIL else None)
+            scores = scores * factor[:, None] + (mean_scores * scale_log2)[None, :]
         if SHORT_TAIL:
             scores = tl.where(exists[None, :], scores, float("-inf"))
         if CAUSAL:
             scores = tl.where(key[None, :] <= row[:, None], scores, float("-inf"))
-        weights, total, top, decay = weigh(scores, factor, total, top, PEAK_LOG2)
+        rest = factor if QMeanScores is None else tl.full(factor.shape, 1.0, tl.float32)
+        weights, total, top, decay = weigh(scores, rest, total, top, PEAK_LOG2)
         v = load(V + wide_key * v_stride + dim[None, :].to(tl.int64) * v_channel_stride, mask)
         acc = tl.dot(weights.to(v.dtype), v, acc * decay[:, None])
     return acc, total, top

@@ -13,7 +13,9 @@ import triton
 from torch import Tensor
 
 _LEAST_TILE = 16
+_LEAST_FP8_KEYS = 32
 _LARGE_SHARED_MEMORY = (90, 100, 103)
+_TENSOR_MEMORY = (100, 103)
 
 
 class Tile(NamedTuple):
@@ -43,6 +45,17 @@ def block_sparse_tile(arch: int, itemsize: int, dim: int, block_q: int, block_k:
 def sage_tile(dim: int) -> Tile:
     """Return the tile of quantized attention with `dim` padded channels, on every architecture."""
     return Tile(128, 64, 8, 3) if dim <= 128 else Tile(64, 64, 8, 2)
+
+
+def sparge_tile(arch: int, dim: int, block_q: int, block_k: int, growing_scale: bool = False) -> Tile:
+    """Return the tile of quantized attention within these blocks; FP8 tensor cores sum over 32 keys or more.
+
+    A scale of V that grows takes registers, where the accumulator is not in them anyway.
+    """
+    keys = 32 if dim > 128 or (dim == 128 and growing_scale and arch in _TENSOR_MEMORY) else 64
+    tile = sage_tile(dim)
+    rows, keys = _tile_within(block_q, tile.rows), max(_LEAST_FP8_KEYS, _tile_within(block_k, keys))
+    return Tile(rows, keys, 8 if rows >= 128 or dim > 128 else 4, tile.stages)
 
 
 def target_arch() -> int:

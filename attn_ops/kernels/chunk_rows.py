@@ -1,0 +1,127 @@
+"""VMoBA as block-sparse attention: queries regrouped so that a row of them shares its one chunk of keys.
+
+A query that chose n chunks is copied to n rows. How many rows a chunk needs is data, but how many there are in all is
+not, where every query chooses equally many: each chunk's rows start at a whole block, and no chunk wastes more than
+one. So shapes are fixed, no device is waited for, and the n results of a query are gathered and merged by lse.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..block_index import lists_of
+from ..chunk_choice import ChunkRule, choose_chunks, chunk_gates, own_chunks
+from ..layout import empty_result, like_query
+from ..tiles import Tiling
+
+_BLOCK_Q = 128
+
+
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, *, tiling: Tiling, rule: ChunkRule, scale: float, provider: str
+) -> tuple[Tensor, Tensor]:
+    """q: (B, Hq, S, D), k, v: (B, Hkv, S, D). Returns out like q and lse (B, Hq, S) fp32.
+
+    The results of a query's chunks are rounded to q's dtype before they are merged, as upstream does.
+    """
+    if q.numel() == 0:
+        return empty_result(q)
+    keys, values = tiling.to_tiles(k), tiling.to_tiles(v)
+    rows = _regroup(q, keys, tiling, rule)
+    out, lse = torch.ops.sparseattn.block_sparse_attention(
+        *(_copied(q, rows.query), keys, values, *rows.lists),
+        block_q=_BLOCK_Q,
+        block_k=tiling.volume,
+        scale=scale,
+        provider=provider,
+    )
+    parts, part_lse = _picked(out, rows).float(), _picked(lse.unsqueeze(-1), rows)
+    total = part_lse.logsumexp(dim=3)
+    merged = (parts * (part_lse - total.unsqueeze(3)).exp()).sum(dim=3)
+    return like_query(merged, q), total.squeeze(-1)
+
+
+def attention_backward(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    tiling: Tiling,
+    rule: ChunkRule,
+    scale: float,
+    provider: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of `attention` for q, k and v, in their layouts: exact, with out and lse over all chunks of a query."""
+    if q.numel() == 0:
+        return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+    keys, values = tiling.to_tiles(k), tiling.to_tiles(v)
+    rows = _regroup(q, keys, tiling, rule)
+    of_queries = [_copied(x, rows.query) for x in (grad_out, out, q)]
+    of_queries += [_copied(x.unsqueeze(-1), rows.query) for x in (lse, grad_lse) if x is not None]
+    # In a row that holds no query everything is 0: its gradient is 0 then, and it adds nothing to those of the keys.
+    grad_out, out, q_rows, *lses = (x.masked_fill_(~rows.used.unsqueeze(-1), 0) for x in of_queries)
+    row_lse, row_grad_lse = (*(x.squeeze(-1) for x in lses), None)[:2]
+    grad_rows, grad_keys, grad_values = torch.ops.sparseattn.block_sparse_attention_backward(
+        *(grad_out, row_grad_lse, out, row_lse, q_rows, keys, values, *rows.lists),
+        *(_BLOCK_Q, tiling.volume, False, scale, provider),
+    )
+    grad_q = _picked(grad_rows, rows).sum(dim=3, dtype=torch.float32)
+    grad_k, grad_v = tiling.from_tiles(grad_keys), tiling.from_tiles(grad_values)
+    return like_query(grad_q, q), like_query(grad_k, k), like_query(grad_v, v)
+
+
+class _Rows(NamedTuple):
+    """Where queries went.
+
+    Args:
+        query: (B, Hq, R) int64, the query that a row holds; 0 where it holds none.
+        used: (B, Hq, R) bool, whether it holds one.
+        places: (B, Hq, S, n) int64, the rows of every query.
+        lists: block_index (B, Hq, R / block, 1), block_count and key_sizes of block_sparse_attention.
+    """
+
+    query: Tensor
+    used: Tensor
+    places: Tensor
+    lists: tuple[Tensor, Tensor, Tensor | None]
+
+
+def _regroup(q: Tensor, keys: Tensor, tiling: Tiling, rule: ChunkRule) -> _Rows:
+    sizes = tiling.sizes(q.device)
+    chosen = choose_chunks(chunk_gates(q, keys, sizes), own_chunks(tiling, q.device), rule)
+    chunks = tiling.tiles
+    many = chunks if rule.takes_all else min(rule.topk, chunks)
+    chunk = lists_of(chosen)[0][..., :many].flatten(2).long()  # (B, Hq, S * n)
+    members = chosen.sum(dim=2)  # (B, Hq, C)
+    blocks = (members + _BLOCK_Q - 1) // _BLOCK_Q
+    last_block = blocks.cumsum(dim=-1)
+    # The copies in the order of their chunks; before the rows of a chunk there are `gap` rows that hold none.
+    order = chunk.argsort(dim=-1, stable=True)
+    gap = (last_block - blocks) * _BLOCK_Q - (members.cumsum(dim=-1) - members)
+    row = gap.gather(2, chunk.gather(2, order)) + torch.arange(chunk.shape[2], device=q.device)
+    capacity = -(-chunk.shape[2] // _BLOCK_Q) + chunks
+    query = row.new_full((*row.shape[:2], capacity * _BLOCK_Q), -1).scatter_(2, row, order // many)
+    places = torch.empty_like(row).scatter_(2, order, row).unflatten(2, (-1, many))
+    block = torch.arange(capacity, device=q.device).expand(*row.shape[:2], -1).contiguous()
+    owner = torch.searchsorted(last_block, block, right=True)
+    index = owner.clamp(max=chunks - 1).to(torch.int32).unsqueeze(-1)
+    lists = index, (owner < chunks).to(torch.int32), None if tiling.is_full else sizes
+    return _Rows(query.clamp(min=0), query >= 0, places, lists)
+
+
+def _copied(x: Tensor, query: Tensor) -> Tensor:
+    """The rows of x: (B, Hq, S, D) that `query` names: (B, Hq, R, D)."""
+    return x.gather(2, query.unsqueeze(-1).expand(-1, -1, -1, x.shape[3]))
+
+
+def _picked(x: Tensor, rows: _Rows) -> Tensor:
+    """The rows of every query of x: (B, Hq, R, D), as (B, Hq, S, n, D)."""
+    flat = rows.places.flatten(2)
+    return _copied(x, flat).view(*rows.places.shape, x.shape[3])

@@ -1,0 +1,1 @@
+"""The native CPU kernel: C++ source, compiled on first use."""

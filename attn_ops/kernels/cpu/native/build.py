@@ -1,0 +1,152 @@
+"""Compile the native kernel on first use, into a cache that all processes of a user share.
+
+A file in the cache works or is absent: it is linked and loaded beside its place, then renamed into it. Its name tells
+the instruction set, the compiler's version and the source, so nothing in the cache is ever stale.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import hashlib
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+SOURCES = ("block_sparse.cpp", "gemm.h", "simd.h")
+_FOLDER = Path(__file__).parent
+_AVX2 = ("-mavx2", "-mfma", "-mf16c")
+_AVX512 = (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq")
+INSTRUCTION_SETS = {"avx512_bf16": (*_AVX512, "-mavx512bf16"), "avx512": _AVX512, "avx2": _AVX2}
+"""Instruction sets the source is written for, best first, and the compiler's flags for them."""
+
+# Buffers hold floats or pairs of bf16 numbers, hence no strict aliasing.
+FLAGS = ("-std=c++17", "-O2", "-fPIC", "-shared", "-fopenmp", "-fvisibility=hidden", "-fno-strict-aliasing")
+_COMPILERS = ("g++", "clang++", "c++")
+_TIMEOUT_SECONDS = 300.0
+
+
+class BuildError(Exception):
+    """There is no native kernel; the message is the reason, as a clause."""
+
+
+def library_path() -> tuple[Path, str]:
+    """The compiled kernel of this machine, compiled now if it is not in the cache, and its instruction set.
+
+    Raises:
+        BuildError: if it cannot be had.
+    """
+    name = instruction_set()
+    compiler = _compiler()
+    key = hashlib.sha256("\0".join((*FLAGS, *INSTRUCTION_SETS[name], _version(compiler))).encode())
+    try:
+        for source in SOURCES:
+            key.update((_FOLDER / source).read_bytes())
+        file = f"block_sparse-{name}-{key.hexdigest()[:16]}.so"
+        folders = _cache_folders()
+        for folder in folders:
+            if (folder / file).exists():
+                return folder / file, name
+        target = _writable(folders) / file
+        _build(compiler, INSTRUCTION_SETS[name], target)
+    except OSError as error:
+        raise BuildError(f"it cannot be stored or loaded: {error}") from error
+    return target, name
+
+
+def instruction_set() -> str:
+    """The best instruction set that this CPU and the source share.
+
+    Raises:
+        BuildError: if there is none.
+    """
+    if sys.platform != "linux" or platform.machine().lower() not in ("x86_64", "amd64"):
+        raise BuildError(f"it is written for x86-64 under Linux, this is {platform.machine()} under {sys.platform}")
+    if torch.cpu._is_avx512_supported():
+        return "avx512_bf16" if torch.cpu._is_avx512_bf16_supported() else "avx512"
+    if torch.cpu._is_avx2_supported():
+        return "avx2"
+    raise BuildError("the CPU has no AVX2")
+
+
+def _compiler() -> list[str]:
+    if given := os.environ.get("CXX"):
+        return shlex.split(given)
+    for name in _COMPILERS:
+        if path := shutil.which(name):
+            return [path]
+    raise BuildError(f"there is no C++ compiler ({', '.join(_COMPILERS)}; CXX names another)")
+
+
+def _version(compiler: list[str]) -> str:
+    return _run([*compiler, "--version"])
+
+
+def _run(command: list[str]) -> str:
+    """What the command prints.
+
+    Raises:
+        BuildError: if it fails; the message quotes the first error.
+    """
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_SECONDS, check=False)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise BuildError(f"the compiler {command[0]} does not run: {error}") from error
+    if done.returncode != 0:
+        lines = [line for line in done.stderr.splitlines() if line.strip()]
+        first = next((line for line in lines if "error" in line), lines[0] if lines else "no message")
+        raise BuildError(f"the compiler {command[0]} failed with exit code {done.returncode}: {first}")
+    return done.stdout
+
+
+def _cache_folders() -> list[Path]:
+    """Where to look for the kernel, best first."""
+    if given := os.environ.get("SPARSEATTN_CACHE_DIR"):
+        return [Path(given)]
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    temporary = Path(tempfile.gettempdir()) / f"sparseattn_{os.getuid()}"
+    # What another user may have put in a shared folder is not loaded.
+    trusted = not temporary.exists() or temporary.stat().st_uid == os.getuid()
+    return [Path(cache) / "sparseattn", *([temporary] if trusted else [])]
+
+
+def _writable(folders: list[Path]) -> Path:
+    for folder in folders:
+        with contextlib.suppress(OSError):
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            if os.access(folder, os.W_OK):
+                return folder
+    raise BuildError(f"no cache folder can be written to: {', '.join(map(str, folders))}")
+
+
+def _build(compiler: list[str], flags: tuple[str, ...], target: Path) -> None:
+    with _locked(target.parent):
+        if target.exists():
+            return
+        with tempfile.TemporaryDirectory(dir=target.parent, prefix="build-") as work:
+            output = os.path.join(work, target.name)
+            _run([*compiler, *FLAGS, *flags, str(_FOLDER / SOURCES[0]), "-o", output])
+            ctypes.CDLL(output)
+            os.replace(output, target)
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """One build at a time. Where folders cannot be locked there may be several, each of them harmless."""
+    import fcntl
+
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,183 @@
+"""Video sparse attention: a coarse branch over means of tiles, and block-sparse attention to the best tiles.
+
+What all its providers share; they differ in who computes the block-sparse part. All here is in tile order, and means
+are fp32. What the padding of short tiles holds reaches no mean, no key and no gradient.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..layout import like_query
+from ..tile_selection import TilePlan, choose_tiles, split_tiles
+from ..tiles import Tiling
+
+
+class _Order:
+    """A tiling on a device: the way into tile order and back, and means of tiles. Its tensors are computed once.
+
+    They are not kept from call to call: CUDA graphs forbid tensors that outlive the call they were made in.
+    """
+
+    def __init__(self, tiling: Tiling, tiled: bool, device: torch.device) -> None:
+        self.tiling, self._tiled = tiling, tiled
+        self._places = None if tiled else tiling.places(device)
+        self.sizes = tiling.sizes(device)
+
+    def enter(self, x: Tensor, dim: int = -2) -> Tensor:
+        """Bring x into tile order, with 0 in the padding."""
+        return (
+            self.tiling.fill_padding(x, dim=dim) if self._tiled else self.tiling.to_tiles(x, dim, places=self._places)
+        )
+
+    def leave(self, x: Tensor, padding: float = 0.0, dim: int = -2) -> Tensor:
+        """Bring x back into the order in which the tensors came."""
+        if self._tiled:
+            return self.tiling.fill_padding(x, padding, dim)
+        return self.tiling.from_tiles(x, dim, places=self._places)
+
+    def tiles(self, x: Tensor) -> Tensor:
+        """(B, H, tiles * volume, D) as (B, H, tiles, volume, D)."""
+        tiles: Tensor = x.unflatten(2, (self.tiling.tiles, self.tiling.volume))
+        return tiles
+
+    def means(self, x: Tensor) -> Tensor:
+        """Mean over the tokens of every tile, (B, H, tiles, D) fp32, of x with 0 in the padding."""
+        return self.tiles(x).sum(dim=3, dtype=torch.float32) / self.sizes.unsqueeze(-1)
+
+    def with_gradient_of_means(self, grad: Tensor, grad_means: Tensor) -> Tensor:
+        """Add every token's share of the gradient of its tile's mean, grad_means: (B, H, tiles, D)."""
+        share = grad_means / self.sizes.unsqueeze(-1)
+        return _whole(self.tiles(grad) + share.unsqueeze(3), grad.dtype)
+
+
+class _Coarse(NamedTuple):
+    """Means of tiles and their scores, fp32; G query heads share a key head.
+
+    q: (B, Hkv, G, nq, D), k and v: (B, Hkv, 1, nk, D), scores: (B, Hkv, G, nq, nk).
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    scores: Tensor
+
+    @property
+    def weights(self) -> Tensor:
+        """The softmax over all tiles of keys: a short tile counts as much as a full one."""
+        return self.scores.softmax(dim=-1)
+
+    def of_tokens(self) -> Tensor:
+        """The output of the branch, (B, Hq, nq, 1, D): the same for all tokens of a tile."""
+        return (self.weights @ self.v).flatten(1, 2).unsqueeze(3)
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gate: Tensor | None,
+    sparsities: Tensor | None,
+    *,
+    plan: TilePlan,
+    provider: str,
+    block: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Attention of q: (B, Hq, Sq, D) to k, v: (B, Hkv, Sk, D), gate like q or None.
+
+    `provider` computes the block-sparse part, in blocks of `block` tokens that divide a tile; None is a tile.
+    Returns out like q and lse (B, Hq, Sq) fp32.
+    """
+    like = q
+    queries, keys = _orders(plan, q.device)
+    q, k, v = queries.enter(q), keys.enter(k), keys.enter(v)
+    coarse = _coarse(q, k, v, queries, keys, plan.scale)
+    lists, block = _lists(coarse, sparsities, keys, plan, block)
+    out, lse = torch.ops.sparseattn.block_sparse_attention(
+        q, k, v, *lists, block_q=block, block_k=block, scale=plan.scale, provider=provider
+    )
+    if gate is not None:
+        gates = queries.tiles(queries.enter(gate))
+        out = _whole(torch.addcmul(queries.tiles(out), gates, coarse.of_tokens()), q.dtype)
+    return like_query(queries.leave(out), like), queries.leave(lse, -torch.inf, dim=-1)
+
+
+def attention_backward(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gate: Tensor | None,
+    sparsities: Tensor | None,
+    *,
+    plan: TilePlan,
+    provider: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of `attention` for q, k, v and gate, the chosen tiles held fixed; an empty one without a gate."""
+    given = q, k, v
+    queries, keys = _orders(plan, q.device)
+    grad_out, out, q, k, v = *map(queries.enter, (grad_out, out, q)), keys.enter(k), keys.enter(v)
+    lse = queries.enter(lse, dim=-1)
+    grad_lse = None if grad_lse is None else queries.enter(grad_lse, dim=-1)
+    coarse = _coarse(q, k, v, queries, keys, plan.scale)
+    lists, block = _lists(coarse, sparsities, keys, plan, None)
+    grad_gate, of_means = q.new_empty(0), None
+    if gate is not None:
+        rows, gates, branch = queries.tiles(grad_out), queries.tiles(queries.enter(gate)), coarse.of_tokens()
+        out = _whole(torch.addcmul(queries.tiles(out), gates, branch, value=-1), q.dtype)
+        grad_gate = like_query(queries.leave(_whole(rows * branch, q.dtype)), gate)
+        of_means = _coarse_backward((rows.float() * gates).sum(dim=3), coarse, plan.scale)
+    grads = torch.ops.sparseattn.block_sparse_attention_backward(
+        grad_out, grad_lse, out, lse, q, k, v, *lists, block, block, False, plan.scale, provider
+    )
+    orders = queries, keys, keys
+    if of_means is not None:
+        grads = map(_Order.with_gradient_of_means, orders, grads, of_means)
+    grad_q, grad_k, grad_v = (
+        like_query(order.leave(grad), x) for order, grad, x in zip(orders, grads, given, strict=True)
+    )
+    return grad_q, grad_k, grad_v, grad_gate
+
+
+def _orders(plan: TilePlan, device: torch.device) -> tuple[_Order, _Order]:
+    """The orders of queries and of keys; one and the same in self-attention."""
+    queries = _Order(plan.queries, plan.tiled, device)
+    return queries, queries if plan.keys == plan.queries else _Order(plan.keys, plan.tiled, device)
+
+
+def _coarse(q: Tensor, k: Tensor, v: Tensor, queries: _Order, keys: _Order, scale: float) -> _Coarse:
+    """Means and scores of q: (B, Hq, nq * volume, D) and k, v: (B, Hkv, nk * volume, D), 0 in their padding."""
+    mean_q = queries.means(q).unflatten(1, (k.shape[1], -1))
+    mean_k, mean_v = (keys.means(x).unsqueeze(2) for x in (k, v))
+    return _Coarse(mean_q, mean_k, mean_v, mean_q @ mean_k.mT * scale)
+
+
+def _lists(
+    coarse: _Coarse, sparsities: Tensor | None, keys: _Order, plan: TilePlan, block: int | None
+) -> tuple[tuple[Tensor, Tensor, Tensor | None], int]:
+    """(block_index, block_count, key_sizes) for block-sparse attention, and the tokens of a block."""
+    index, count = choose_tiles(coarse.scores.flatten(1, 2), sparsities, plan)
+    sizes, volume = None if keys.tiling.is_full else keys.sizes, keys.tiling.volume
+    if block is None or block == volume:
+        return (index, count, sizes), volume
+    return split_tiles(index, count, sizes, volume // block, block), block
+
+
+def _coarse_backward(grad: Tensor, coarse: _Coarse, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    """From the gradient of weights @ v, (B, Hq, nq, D), those of the means of q, k and v, (B, H, tiles, D)."""
+    grad, weights = grad.unflatten(1, coarse.q.shape[1:3]), coarse.weights
+    grad_weights = grad @ coarse.v.mT
+    grad_scores = weights * (grad_weights - (grad_weights * weights).sum(dim=-1, keepdim=True)) * scale
+    grad_k, grad_v = (grad_scores.mT @ coarse.q).sum(dim=2), (weights.mT @ grad).sum(dim=2)
+    return (grad_scores @ coarse.k).flatten(1, 2), grad_k, grad_v
+
+
+def _whole(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """(B, H, tiles, volume, D) as (B, H, tiles * volume, D) of that dtype."""
+    return x.flatten(2, 3).to(dtype)
