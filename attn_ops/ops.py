@@ -11,7 +11,7 @@ from .backends.sparge import sparge_attention
 from .backends.sta import sliding_tile_attention
 from .backends.vmoba import vmoba_attention
 from .backends.vsa import video_sparse_attention
-from .sparge_map import sparge_block_map
+from .blocks.sparge_map import sparge_block_map
 
 __all__ = [
     "block_sparse_attention",

@@ -16,7 +16,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from sparseattn.attn_ops.block_index import BlockIndex
+from sparseattn.attn_ops.blocks.block_index import BlockIndex
 from sparseattn.attn_ops.reference.block_sparse import block_sparse_attention as reference
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 import torch
 
 import sparseattn  # noqa: F401  (registers the ops)
-from sparseattn.attn_ops.block_index import BlockIndex
+from sparseattn.attn_ops.blocks.block_index import BlockIndex
 
 SHAPES = ((1, 2, 64, 32), (1, 2, 128, 32), (1, 4, 256, 64))
 BLOCK = 32

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..attn_ops.blocks.sla_method import VARIANTS
 from ..attn_ops.checks import check_choice
-from ..attn_ops.linear_attention import FEATURE_MAPS
+from ..attn_ops.numerics.linear_attention import FEATURE_MAPS
 from ..attn_ops.ops import sage_sparse_linear_attention, sparse_linear_attention
-from ..attn_ops.sla_method import VARIANTS
 
 
 class SparseLinearAttention(nn.Module):

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, ops
 
-from ..block_index import check_block_lists
+from ..blocks.block_index import check_block_lists
 from ..checks import check_integers, check_qkv, default_scale
 from ..errors import ArgumentError
 from ..op import define_op

@@ -10,6 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ..blocks.topk import choose_blocks
 from ..call import AttentionCall
 from ..capability import Capability
 from ..checks import check_qkv, default_scale
@@ -17,7 +18,6 @@ from ..errors import ArgumentError
 from ..op import define_op
 from ..resolve import AUTO, backward_kernel, forward_kernel
 from ..spec import TRITON_FORWARD, BackendSpec, Kernel, Param, Provider, Support, later
-from ..topk import choose_blocks
 
 NAME, OP = "block_topk", "block_topk_attention"
 BLOCKS = (16, 32, 64, 128)

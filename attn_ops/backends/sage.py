@@ -11,8 +11,8 @@ from ..call import AttentionCall
 from ..capability import Capability
 from ..checks import check_choice, check_qkv, default_scale
 from ..errors import ArgumentError
+from ..numerics.quantize import GRANULARITIES, LARGEST
 from ..op import define_op
-from ..quantize import GRANULARITIES, LARGEST
 from ..resolve import AUTO, forward_kernel
 from ..spec import TRITON_FORWARD, BackendSpec, Param, Provider, Support, later
 from ..vendors import sageattention

@@ -11,13 +11,13 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from ..blocks.sla_method import VARIANTS, SlaMethod
 from ..call import AttentionCall
 from ..capability import Capability
 from ..checks import check_choice, default_scale
-from ..linear_attention import FEATURE_MAPS
+from ..numerics.linear_attention import FEATURE_MAPS
 from ..op import define_op
 from ..resolve import AUTO, forward_kernel
-from ..sla_method import VARIANTS, SlaMethod
 from ..spec import TRITON_FORWARD, BackendSpec, Kernel, Param, Provider, Support, later
 from ..vendors import spas_sage_attn
 

@@ -14,14 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import sparge_map  # noqa: F401  (registers sparge_block_map)
+from ..blocks import sparge_map  # noqa: F401  (registers sparge_block_map)
+from ..blocks.sparge_arguments import ATTENTION, MAX_PV_THRESHOLD, PV, SELECTION
+from ..blocks.sparge_arguments import check_attention as _check
 from ..call import AttentionCall
 from ..capability import Capability
 from ..layout import empty_result
 from ..op import define_op
 from ..resolve import AUTO, forward_kernel
-from ..sparge_arguments import ATTENTION, MAX_PV_THRESHOLD, PV, SELECTION
-from ..sparge_arguments import check_attention as _check
 from ..spec import TRITON_FORWARD, BackendSpec, Kernel, Param, Provider, Support, later
 from ..vendors import spas_sage_attn
 

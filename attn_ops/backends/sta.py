@@ -11,15 +11,15 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, ops
 
+from ..blocks.sliding_tiles import check_window, fitted, window_density
+from ..blocks.tiles import Tiling, tiling_of
 from ..call import AttentionCall
 from ..capability import Capability
 from ..checks import check_qkv, default_scale
 from ..errors import ArgumentError
 from ..op import define_op
 from ..resolve import AUTO, backward_kernel, forward_kernel
-from ..sliding_tiles import check_window, fitted, window_density
 from ..spec import TRITON_FORWARD, BackendSpec, Kernel, Param, Provider, Support, later
-from ..tiles import Tiling, tiling_of
 
 NAME, OP = "sta", "sliding_tile_attention"
 

@@ -11,10 +11,10 @@ from typing import Any, cast
 
 from torch import Tensor, ops
 
+from ..blocks.chunk_choice import GROUPS, NO_TOPK_OF_BLOCKS, SELECT, ChunkPlan, ChunkRule, chunk_tiling
 from ..call import AttentionCall
 from ..capability import Capability
 from ..checks import check_qkv, default_scale
-from ..chunk_choice import GROUPS, NO_TOPK_OF_BLOCKS, SELECT, ChunkPlan, ChunkRule, chunk_tiling
 from ..errors import ArgumentError
 from ..op import define_op
 from ..resolve import AUTO, backward_kernel, forward_kernel

@@ -13,6 +13,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from ..blocks.tile_selection import TilePlan, check_sparsity
+from ..blocks.tiles import Tiling, tiling_of
 from ..call import AttentionCall
 from ..capability import Capability
 from ..checks import check_qkv, default_scale
@@ -20,8 +22,6 @@ from ..errors import ArgumentError
 from ..op import define_op
 from ..resolve import AUTO, backward_kernel, forward_kernel
 from ..spec import TRITON_FORWARD, BackendSpec, Kernel, Param, Provider, Support, later
-from ..tile_selection import TilePlan, check_sparsity
-from ..tiles import Tiling, tiling_of
 from ..vendors import fastvideo_kernel
 
 NAME, OP = "vsa", "video_sparse_attention"

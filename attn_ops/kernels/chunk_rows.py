@@ -12,10 +12,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..block_index import lists_of
-from ..chunk_choice import ChunkRule, choose_chunks, chunk_gates, own_chunks
+from ..blocks.block_index import lists_of
+from ..blocks.chunk_choice import ChunkRule, choose_chunks, chunk_gates, own_chunks
+from ..blocks.tiles import Tiling
 from ..layout import empty_result, like_query
-from ..tiles import Tiling
 
 _BLOCK_Q = 128
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..block_index import mask_of
-from ..sla_method import SlaMethod
+from ..blocks.block_index import mask_of
+from ..blocks.sla_method import SlaMethod
 from ..spec import Kernel
 from .sla import with_linear_branch
 

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from ..blocks.sla_method import SlaMethod
 from ..layout import like_query
-from ..linear_attention import linear_attention, linear_attention_backward
-from ..sla_method import SlaMethod
+from ..numerics.linear_attention import linear_attention, linear_attention_backward
 
 
 def attention(

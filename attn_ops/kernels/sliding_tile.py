@@ -9,9 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..blocks.sliding_tiles import window_lists
+from ..blocks.tiles import Tiling
 from ..layout import like_query
-from ..sliding_tiles import window_lists
-from ..tiles import Tiling
 
 
 def attention(

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..block_index import mask_of
-from ..selection import Selection, Threshold
-from ..sparge_map import choose
+from ..blocks.block_index import mask_of
+from ..blocks.selection import Selection, Threshold
+from ..blocks.sparge_map import choose
 from ..spec import Kernel
 
 

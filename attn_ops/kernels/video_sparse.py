@@ -11,9 +11,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..blocks.tile_selection import TilePlan, choose_tiles, split_tiles
+from ..blocks.tiles import Tiling
 from ..layout import like_query
-from ..tile_selection import TilePlan, choose_tiles, split_tiles
-from ..tiles import Tiling
 
 
 class _Order:

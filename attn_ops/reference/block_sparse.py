@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..block_index import BlockIndex
+from ..blocks.block_index import BlockIndex
 from .attention import masked_attention, masked_attention_backward, token_mask
 
 

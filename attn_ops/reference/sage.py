@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..heads import per_query_head
 from ..layout import empty_result, like_query
-from ..quantize import SMOOTH_Q_BLOCK, QuantizedQK, quantize_qk, quantize_v_fp8, without_mean
+from ..numerics.quantize import SMOOTH_Q_BLOCK, QuantizedQK, quantize_qk, quantize_v_fp8, without_mean
 from .attention import token_mask
 
 _E4M3_MAX = 448.0

@@ -11,9 +11,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..blocks.topk import block_mean
 from ..heads import per_query_head
 from ..layout import empty_result, like_query
-from ..topk import block_mean
 from .attention import token_mask
 
 GROUP = 16

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from ..block_rounding import round_qk
+from ..blocks.sla_method import SlaMethod
 from ..heads import per_query_head
 from ..layout import empty_result, like_query
-from ..quantize import quantize_v_fp8
-from ..sla_method import SlaMethod
+from ..numerics.block_rounding import round_qk
+from ..numerics.quantize import quantize_v_fp8
 from .sla import chosen_tokens, linear_attention
 
 _E4M3_MAX = 448.0

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import elu, linear
 
+from ..blocks.sla_method import SlaMethod
 from ..heads import per_kv_head, per_query_head
 from ..layout import like_query
-from ..sla_method import SlaMethod
 from .attention import masked_attention, masked_attention_backward
 
 

@@ -15,10 +15,10 @@ import math
 import torch
 from torch import Tensor
 
-from ..block_rounding import key_mean, round_qk, round_v_fp8
+from ..blocks.selection import Selection, Threshold
 from ..heads import per_query_head
 from ..layout import empty_result, like_query
-from ..selection import Selection, Threshold
+from ..numerics.block_rounding import key_mean, round_qk, round_v_fp8
 from .attention import token_mask
 
 _E4M3_MAX = 448.0

@@ -11,7 +11,7 @@ import itertools
 import torch
 from torch import Tensor
 
-from ..tiles import Tiling
+from ..blocks.tiles import Tiling
 from .attention import masked_attention, masked_attention_backward
 
 _TEXT: tuple[int, ...] = (-1, -1, -1)

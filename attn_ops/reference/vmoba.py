@@ -10,9 +10,9 @@ import itertools
 import torch
 from torch import Tensor
 
-from ..chunk_choice import GROUPS, ChunkRule
+from ..blocks.chunk_choice import GROUPS, ChunkRule
+from ..blocks.tiles import Tiling
 from ..heads import per_query_head
-from ..tiles import Tiling
 from .attention import masked_attention, masked_attention_backward
 
 

@@ -13,9 +13,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..blocks.tile_selection import TilePlan
+from ..blocks.tiles import Tiling
 from ..heads import per_kv_head, per_query_head
-from ..tile_selection import TilePlan
-from ..tiles import Tiling
 from .attention import masked_attention, masked_attention_backward
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..call import AttentionCall
 from ..capability import Capability
 from ..layout import like_query
-from ..quantize import mean_scores, without_mean
+from ..numerics.quantize import mean_scores, without_mean
 from ..spec import Kernel, Provider, Support
 from . import known_bad
 from .stream import on_default_stream

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-from sparseattn.attn_ops.block_index import BlockIndex, lists_of
+from sparseattn.attn_ops.blocks.block_index import BlockIndex, lists_of
 from sparseattn.attn_ops.errors import ArgumentError
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from sparseattn.attn_ops.backends import block_sparse as backend
-from sparseattn.attn_ops.block_index import BlockIndex
+from sparseattn.attn_ops.blocks.block_index import BlockIndex
 from sparseattn.attn_ops.errors import ArgumentError, GradientError, UnsupportedError
 from sparseattn.attn_ops.kernels.cpu import block_sparse as dispatcher
 from sparseattn.attn_ops.kernels.cpu import gathered

@@ -10,13 +10,13 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from sparseattn.attn_ops.backends import block_topk as backend
-from sparseattn.attn_ops.block_index import mask_of
+from sparseattn.attn_ops.blocks.block_index import mask_of
+from sparseattn.attn_ops.blocks.topk import choose_blocks
 from sparseattn.attn_ops.call import AttentionCall
 from sparseattn.attn_ops.capability import Capability
 from sparseattn.attn_ops.errors import ArgumentError, GradientError, PolicyError
 from sparseattn.attn_ops.op import same_defaults
 from sparseattn.attn_ops.reference import block_topk as reference
-from sparseattn.attn_ops.topk import choose_blocks
 
 OP = torch.ops.sparseattn.block_topk_attention
 # heads, kv heads, query tokens, key tokens, block_q, block_k

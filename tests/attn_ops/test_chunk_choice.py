@@ -8,8 +8,9 @@ import pytest
 import torch
 from support.video_chunks import CHOICES, CHUNKS, inputs, rule_of, tiling_of
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from sparseattn.attn_ops.chunk_choice import ChunkRule, choose_chunks, chunk_gates, own_chunks
+from sparseattn.attn_ops.blocks.chunk_choice import ChunkRule, choose_chunks, chunk_gates, own_chunks
 from sparseattn.attn_ops.reference import vmoba as reference
 
 
@@ -134,3 +135,12 @@ def test_ties_go_to_the_lower_chunk() -> None:
     ties = chosen(torch.zeros_like(q), k, "temporal", "topk")
     assert torch.equal(ties[0, 0, 0], torch.tensor([True, True, False]))
     assert torch.equal(ties[0, 0, -1], torch.tensor([True, False, True]))
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+@pytest.mark.parametrize("compat", [False, True])
+def test_no_device_is_waited_for(choice: str, compat: bool) -> None:
+    """A fake tensor has no values: reading one on the host would raise."""
+    with FakeTensorMode():
+        q, k, _ = inputs("clipped")
+        assert chosen(q, k, "clipped", choice, compat).shape == (*q.shape[:3], tiling_of("clipped").tiles)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sparseattn.attn_ops.errors import ArgumentError
-from sparseattn.attn_ops.quantize import (
+from sparseattn.attn_ops.numerics.quantize import (
     GRANULARITIES,
     LARGEST,
     QuantizedQK,

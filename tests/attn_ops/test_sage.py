@@ -21,8 +21,8 @@ from sparseattn.attn_ops.call import AttentionCall
 from sparseattn.attn_ops.capability import Capability
 from sparseattn.attn_ops.errors import ArgumentError, GradientError, UnsupportedError
 from sparseattn.attn_ops.kernels.cpu import sage as cpu
+from sparseattn.attn_ops.numerics.quantize import GRANULARITIES, quantize_qk
 from sparseattn.attn_ops.op import same_defaults
-from sparseattn.attn_ops.quantize import GRANULARITIES, quantize_qk
 from sparseattn.attn_ops.reference import sage as reference
 
 OP = torch.ops.sparseattn.sage_attention.default
@@ -223,6 +223,42 @@ def test_keys_end_where_they_end(provider: str, seq_k: int) -> None:
     q, k, v = inputs(seq_q=64, seq_k=256)
     out, _ = sage_attention(q, k[:, :, :seq_k], v[:, :, :seq_k], provider=provider)
     assert within(out, exact(q, k[:, :, :seq_k], v[:, :, :seq_k])[0], "fp16")
+
+
+@pytest.mark.parametrize("provider", PROVIDERS)
+@pytest.mark.parametrize("pv", sage.PV)
+def test_what_lies_behind_the_last_token_is_never_read(provider: str, pv: str) -> None:
+    """Published kernels round padding together with the tokens of the last group."""
+    given = inputs(seq_q=100, seq_k=100)
+    longer = [torch.cat([x, torch.full_like(x, torch.nan)], dim=2)[:, :, :100] for x in given]
+    for got, want in zip(
+        sage_attention(*longer, pv=pv, provider=provider),
+        sage_attention(*given, pv=pv, provider=provider),
+        strict=True,
+    ):
+        torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("provider", PROVIDERS)
+@pytest.mark.parametrize("pv", sage.PV)
+def test_sums_are_wider_than_fp16(provider: str, pv: str) -> None:
+    """256 weights near 1 times 30000 overflow the FP16 sums of a published kernel, which paints black images."""
+    q, k, v = inputs(seq_q=256, seq_k=256)
+    v = v + 30000
+    out, _ = sage_attention(0.1 * q, k, v, pv=pv, provider=provider)
+    torch.testing.assert_close(out, exact(0.1 * q, k, v)[0].float(), rtol=1e-3 if pv == "fp16" else 0.07, atol=0)
+
+
+@pytest.mark.parametrize("provider", PROVIDERS)
+@pytest.mark.parametrize("causal", [False, True])
+def test_scores_far_below_zero_are_scores(provider: str, causal: bool) -> None:
+    """Published kernels add -1e6 to what is masked, or begin a maximum at -5e6: here all that is visible is below."""
+    q, k, v = torch.full((1, 2, 100, 64), 1e3), torch.full((1, 2, 100, 64), -1e3), torch.randn(1, 2, 100, 64)
+    out, lse = sage_attention(q, k, v, scale=1.0, smooth_k=False, causal=causal, provider=provider)
+    seen = torch.arange(1.0, 101.0) if causal else torch.full((100,), 100.0)
+    mean = (v.cumsum(2) if causal else v.sum(2, keepdim=True).expand_as(v)) / seen[:, None]
+    torch.testing.assert_close(out, mean, rtol=1e-3, atol=2e-3)
+    torch.testing.assert_close(lse, (seen.log() - 6.4e7).expand_as(lse), rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("provider", PROVIDERS)

@@ -128,6 +128,26 @@ def test_smoothing_removes_an_offset(switch: str) -> None:
     assert (rough_lse - want_lse).abs().mean() > 3 * (lse - want_lse).abs().mean()
 
 
+@pytest.mark.parametrize("dim", [16, 40, 128, 256])
+def test_head_dims(dim: int) -> None:
+    """The published function takes 64 and 128, and from 256 on prints a line and returns plain SDPA."""
+    q, k, v = inputs(100, 100, dim)
+    out, lse = sage_fp4_attention(q, k, v, scale=0.05)
+    want, want_lse = exact(q, k, v, scale=0.05)
+    error, cosine = errors(out, want)
+    assert 1e-3 < error <= 0.25
+    assert cosine >= 0.97
+    assert (lse - want_lse).abs().mean() <= 0.1
+
+
+def test_the_mean_of_a_short_block_is_that_of_its_tokens() -> None:
+    """Equal queries are their mean, whose scores are fp32. Published: padding counts, and the scores are halves."""
+    q, k, v = inputs(seq_q=200)
+    q = (30 * torch.randn(1, 2, 1, 64)).expand_as(q)
+    _, lse = sage_fp4_attention(q, k, v)
+    torch.testing.assert_close(lse.double(), exact(q, k, v)[1], rtol=1e-6, atol=1e-5)
+
+
 def test_causal_is_top_left_for_every_token() -> None:
     """The published kernel aligns padded lengths, and loses a tile of values."""
     q, k, v = inputs(130, 200)

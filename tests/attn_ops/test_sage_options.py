@@ -20,7 +20,7 @@ from sparseattn.attn_ops.backends.sage import sage_attention
 from sparseattn.attn_ops.call import AttentionCall
 from sparseattn.attn_ops.capability import Capability
 from sparseattn.attn_ops.kernels.cpu import sage as cpu
-from sparseattn.attn_ops.quantize import GRANULARITIES, QuantizedQK, quantize_qk
+from sparseattn.attn_ops.numerics.quantize import GRANULARITIES, QuantizedQK, quantize_qk
 from sparseattn.attn_ops.reference import sage as reference
 
 OP = torch.ops.sparseattn.sage_attention.default

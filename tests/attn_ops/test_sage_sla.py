@@ -17,11 +17,11 @@ from torch.nn import functional
 
 import sparseattn
 from sparseattn.attn_ops.backends import sage_sla as backend
+from sparseattn.attn_ops.blocks.sla_method import VARIANTS
 from sparseattn.attn_ops.call import AttentionCall
 from sparseattn.attn_ops.capability import Capability
 from sparseattn.attn_ops.errors import ArgumentError, GradientError
-from sparseattn.attn_ops.linear_attention import FEATURE_MAPS
-from sparseattn.attn_ops.sla_method import VARIANTS
+from sparseattn.attn_ops.numerics.linear_attention import FEATURE_MAPS
 
 OP = torch.ops.sparseattn.sage_sparse_linear_attention
 EXACT = torch.ops.sparseattn.sparse_linear_attention

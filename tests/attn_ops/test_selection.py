@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from sparseattn.attn_ops.block_index import mask_of
+from sparseattn.attn_ops.blocks.block_index import mask_of
+from sparseattn.attn_ops.blocks.selection import Selection, mass_blocks, mass_count, select_blocks, self_similarity
 from sparseattn.attn_ops.reference import sparge as reference
-from sparseattn.attn_ops.selection import Selection, mass_blocks, mass_count, select_blocks, self_similarity
 
 PLAIN = Selection(
     keep_ratio=0.5, mass=None, similarity=-1.0, sink=False, smooth_k=False, block_q=16, block_k=16, causal=False
@@ -166,6 +166,15 @@ def test_number_of_kept_blocks(keep_ratio: float, number: int) -> None:
     q, k = inputs()
     assert (chosen(q, k, keep_ratio=keep_ratio).sum(-1) == number).all()
     assert torch.equal(chosen(q, k, keep_ratio=keep_ratio), chosen(q, k, keep_ratio=torch.full((4,), keep_ratio)))
+
+
+@pytest.mark.parametrize("keep_ratio", [0.25, 0.5])
+def test_ratio_is_of_the_blocks_a_row_may_see(keep_ratio: float) -> None:
+    """Published: of all blocks, so that early rows are dense and late ones sparse."""
+    q, k = inputs()
+    wanted = [max(1, int(keep_ratio * visible + 0.5)) for visible in range(1, 9)]
+    number = chosen(q, k, keep_ratio=keep_ratio, causal=True).sum(-1)
+    assert torch.equal(number, torch.tensor(wanted).expand_as(number))
 
 
 def test_a_tensor_and_a_number_choose_alike() -> None:

@@ -13,15 +13,15 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn import functional
 
 import sparseattn
-from sparseattn.attn_ops import linear_attention as branch
 from sparseattn.attn_ops.backends import sla as backend
-from sparseattn.attn_ops.block_index import mask_of
+from sparseattn.attn_ops.blocks.block_index import mask_of
+from sparseattn.attn_ops.blocks.sla_method import VARIANTS, SlaMethod
 from sparseattn.attn_ops.call import AttentionCall
 from sparseattn.attn_ops.capability import Capability
 from sparseattn.attn_ops.errors import ArgumentError, GradientError, PolicyError, UnsupportedError
-from sparseattn.attn_ops.linear_attention import FEATURE_MAPS
+from sparseattn.attn_ops.numerics import linear_attention as branch
+from sparseattn.attn_ops.numerics.linear_attention import FEATURE_MAPS
 from sparseattn.attn_ops.reference import sla as reference
-from sparseattn.attn_ops.sla_method import VARIANTS, SlaMethod
 
 OP = torch.ops.sparseattn.sparse_linear_attention
 DIM = 16
@@ -122,6 +122,15 @@ def test_half_precision(dtype: torch.dtype, name: str, variant: str) -> None:
     assert [grad.dtype for grad in grads] == [leaf.dtype for leaf in leaves]
     for got, want in zip((out.detach(), *grads), (exact.detach(), *wanted), strict=True):
         assert distance(got, want) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("dim", [24, 80])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_head_dims_and_blocks_that_are_no_powers_of_two(dim: int, variant: str) -> None:
+    given = [*(torch.randn(1, 2, 117, dim) for _ in range(3)), torch.randn(dim, dim) / dim**0.5]
+    out, _ = OP(*given, keep_ratio=0.4, variant=variant, block_q=24, block_k=20)
+    exact, _ = paper_sla(*(x.double() for x in given), keep=2, variant=variant, block_q=24, block_k=20)
+    assert distance(out, exact) < 1e-5
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -13,14 +13,14 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from sparseattn.attn_ops.backends import sparge as backend
 from sparseattn.attn_ops.backends.sparge import sparge_attention
-from sparseattn.attn_ops.block_index import BlockIndex, mask_of
-from sparseattn.attn_ops.block_rounding import round_v_fp8
+from sparseattn.attn_ops.blocks.block_index import BlockIndex, mask_of
+from sparseattn.attn_ops.blocks.sparge_map import sparge_block_map
 from sparseattn.attn_ops.call import AttentionCall
 from sparseattn.attn_ops.capability import Capability
 from sparseattn.attn_ops.errors import ArgumentError, GradientError, UnsupportedError
 from sparseattn.attn_ops.kernels.sparge import on_map
+from sparseattn.attn_ops.numerics.block_rounding import round_v_fp8
 from sparseattn.attn_ops.op import same_defaults
-from sparseattn.attn_ops.sparge_map import sparge_block_map
 from sparseattn.attn_ops.vendors import spas_sage_attn
 
 OP = torch.ops.sparseattn.sparge_attention.default

@@ -17,13 +17,13 @@ from torch.nn.attention.flex_attention import flex_attention
 import sparseattn
 from sparseattn import Policy, Rule, VideoLayout
 from sparseattn.attn_ops.backends import sta as backend
+from sparseattn.attn_ops.blocks.sliding_tiles import window_density, window_index, window_mask
+from sparseattn.attn_ops.blocks.tiles import Tiling
 from sparseattn.attn_ops.call import AttentionCall
 from sparseattn.attn_ops.capability import Capability
 from sparseattn.attn_ops.errors import ArgumentError, GradientError, RequirementError
 from sparseattn.attn_ops.op import same_defaults
 from sparseattn.attn_ops.reference import sta as reference
-from sparseattn.attn_ops.sliding_tiles import window_density, window_index, window_mask
-from sparseattn.attn_ops.tiles import Tiling
 
 OP = torch.ops.sparseattn.sliding_tile_attention
 CANVASES = {115200: (30, 48, 80), 82944: (36, 48, 48), 69120: (18, 48, 80)}

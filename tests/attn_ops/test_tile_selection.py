@@ -6,11 +6,12 @@ import math
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from sparseattn.attn_ops.block_index import mask_of
+from sparseattn.attn_ops.blocks.block_index import mask_of
+from sparseattn.attn_ops.blocks.tile_selection import TilePlan, choose_tiles, kept_tiles, split_tiles
+from sparseattn.attn_ops.blocks.tiles import Tiling
 from sparseattn.attn_ops.reference.vsa import chosen_tiles
-from sparseattn.attn_ops.tile_selection import TilePlan, choose_tiles, kept_tiles, split_tiles
-from sparseattn.attn_ops.tiles import Tiling
 from sparseattn.attn_ops.video_layout import VideoLayout
 
 TILE = (2, 2, 4)
@@ -125,3 +126,14 @@ def test_tiles_in_parts_are_the_same_attention(name: str, parts: int) -> None:
     whole = attend(q, k, v, *lists, block_q=16, block_k=16)
     split = attend(q, k, v, *split_tiles(*lists, parts, block), block_q=block, block_k=block)
     torch.testing.assert_close(split, whole)
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_no_device_is_waited_for(name: str) -> None:
+    """A fake tensor has no values: reading one on the host would raise."""
+    plan = plan_of(name)
+    with FakeTensorMode():
+        scores = torch.randn(1, 2, plan.queries.tiles, plan.keys.tiles)
+        for sparsities in (None, torch.tensor(0.5)):
+            index, count = choose_tiles(scores, sparsities, plan)
+            assert (index.shape, count.shape) == (scores.shape, scores.shape[:3])

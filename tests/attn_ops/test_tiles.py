@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from sparseattn.attn_ops.blocks.tiles import Tiling, tiling_of
 from sparseattn.attn_ops.errors import ArgumentError
-from sparseattn.attn_ops.tiles import Tiling, tiling_of
 from sparseattn.attn_ops.video_layout import VideoLayout
 
 CPU = torch.device("cpu")

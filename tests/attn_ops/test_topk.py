@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from sparseattn.attn_ops.blocks.topk import block_mean, top_k_blocks
 from sparseattn.attn_ops.errors import ArgumentError
-from sparseattn.attn_ops.topk import block_mean, top_k_blocks
 
 
 def by_sorting(scores: Tensor, keep: int, allowed: Tensor) -> list[int]:
@@ -42,6 +42,14 @@ def test_top_k_is_exact_and_ties_go_to_the_lower_index(keep: int, restricted: bo
     rows = zip(scores.flatten(0, 2), allowed.flatten(0, 2), index.flatten(0, 2), count.flatten(), strict=True)
     for row_scores, row_allowed, row_index, row_count in rows:
         assert row_index[:row_count].tolist() == by_sorting(row_scores, keep, row_allowed)
+
+
+@pytest.mark.parametrize("keep", [10, torch.tensor([10])])
+def test_ties_of_thousands_go_to_the_lower_index(keep: int | Tensor) -> None:
+    """Beyond 4096 blocks a published kernel calls torch.topk, which orders ties in another way."""
+    index, count = top_k_blocks(torch.zeros(2, 5000), keep)
+    assert (count == 10).all()
+    assert torch.equal(index[:, :10], torch.arange(10, dtype=torch.int32).expand(2, 10))
 
 
 def test_top_k_takes_a_count_per_row() -> None:

@@ -16,13 +16,13 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import sparseattn
 from sparseattn import Policy, Rule, VideoLayout
 from sparseattn.attn_ops.backends import vmoba as backend
+from sparseattn.attn_ops.blocks.tiles import Tiling
 from sparseattn.attn_ops.call import AttentionCall
 from sparseattn.attn_ops.capability import Capability
 from sparseattn.attn_ops.errors import ArgumentError, GradientError
 from sparseattn.attn_ops.kernels import chunk_rows
 from sparseattn.attn_ops.op import same_defaults
 from sparseattn.attn_ops.reference import vmoba as reference
-from sparseattn.attn_ops.tiles import Tiling
 
 OP = torch.ops.sparseattn.vmoba_attention
 

@@ -15,7 +15,7 @@ from support.native_cases import Call, check_call, random_call, tensor
 from torch import Tensor
 
 import sparseattn
-from sparseattn.attn_ops.block_index import BlockIndex
+from sparseattn.attn_ops.blocks.block_index import BlockIndex
 from sparseattn.attn_ops.errors import ArgumentError
 from sparseattn.attn_ops.kernels.cpu.native import block_sparse as native
 from sparseattn.attn_ops.kernels.cpu.native import build

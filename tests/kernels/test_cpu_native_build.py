@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sparseattn.attn_ops.block_index import BlockIndex
+from sparseattn.attn_ops.blocks.block_index import BlockIndex
 from sparseattn.attn_ops.kernels.cpu import gathered
 from sparseattn.attn_ops.kernels.cpu.native import build, library
 

@@ -159,6 +159,42 @@ def test_a_nan_stays_visible() -> None:
     assert out[0, 1].isfinite().all()
 
 
+@pytest.mark.parametrize("pv", ["fp16", "fp8"])
+@pytest.mark.parametrize("causal", [False, True])
+def test_what_lies_behind_the_last_token_is_never_read(pv: str, causal: bool) -> None:
+    case = Case(pv=pv, causal=causal, seq=(70, 70), smooth_k=False)
+    given = inputs(case)
+    longer = [torch.cat([x, torch.full_like(x, torch.nan)], dim=2)[:, :, :70] for x in given]
+    with interpret(arch=90):
+        got, want = sage.attention(*longer, **case.options), sage.attention(*given, **case.options)
+    torch.testing.assert_close(got, want, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("pv", ["fp16", "fp8"])
+def test_sums_are_wider_than_fp16(pv: str) -> None:
+    """64 weights near 1 times 30000 overflow the FP16 sum of a tile."""
+    case = Case(pv=pv, scale=0.01)
+    q, k, v = inputs(case)
+    v = v + 30000
+    with interpret(arch=90):
+        out, _ = sage.attention(q, k, v, **case.options)
+    exact, _ = flash_attention(q, k, v, scale=case.scale)
+    torch.testing.assert_close(out, exact, rtol=1e-3 if pv == "fp16" else 0.07, atol=0)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_scores_far_below_zero_are_scores(causal: bool) -> None:
+    """Below every finite number that published kernels put in the place of -infinity."""
+    case = Case(scale=1.0, smooth_k=False, causal=causal, seq=(70, 70))
+    q, k, v = inputs(case)
+    q, k = torch.full_like(q, 1e3), torch.full_like(k, -1e3)
+    with interpret(arch=90):
+        out, lse = sage.attention(q, k, v, **case.options)
+    exact, _ = flash_attention(torch.zeros_like(q), k, v, causal=causal, scale=1.0)
+    torch.testing.assert_close(out, exact, rtol=1e-3, atol=2e-3)
+    torch.testing.assert_close(lse, torch.full_like(lse, -6.4e7), rtol=1e-6, atol=0)
+
+
 def test_inputs_stay_as_they_were() -> None:
     case = Case(scale=-0.5, seq=(20, 20))
     args = inputs(case)

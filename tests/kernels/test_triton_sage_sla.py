@@ -6,10 +6,10 @@ import pytest
 import torch
 from support.triton_interpreter import interpret, why_not_interpret
 
+from sparseattn.attn_ops.blocks.sla_method import SlaMethod
 from sparseattn.attn_ops.kernels.sage_sla import on_lists
 from sparseattn.attn_ops.kernels.triton import sparge
 from sparseattn.attn_ops.reference.sage_sla import sage_sparse_linear_attention
-from sparseattn.attn_ops.sla_method import SlaMethod
 
 pytestmark = pytest.mark.skipif(bool(why_not_interpret()), reason=why_not_interpret())
 

@@ -13,9 +13,9 @@ from support.triton_interpreter import interpret, why_not_interpret
 from torch import Tensor
 
 from sparseattn.attn_ops.backends.sparge import sparge_attention
+from sparseattn.attn_ops.blocks.sparge_map import sparge_block_map
 from sparseattn.attn_ops.errors import UnsupportedError
 from sparseattn.attn_ops.kernels.triton import sparge
-from sparseattn.attn_ops.sparge_map import sparge_block_map
 
 interpreted = pytest.mark.skipif(bool(why_not_interpret()), reason=why_not_interpret())
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from sparseattn import VideoLayout
-from sparseattn.attn_ops.chunk_choice import ChunkRule
-from sparseattn.attn_ops.tiles import Tiling
+from sparseattn.attn_ops.blocks.chunk_choice import ChunkRule
+from sparseattn.attn_ops.blocks.tiles import Tiling
 
 # grid, chunk
 CHUNKS = {

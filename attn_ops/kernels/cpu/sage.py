@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ...layout import empty_result
-from ...quantize import (
+from ...numerics.quantize import (
     SMOOTH_Q_BLOCK,
     QuantizedQK,
     mean_scores,

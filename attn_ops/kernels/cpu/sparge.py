@@ -13,9 +13,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ...block_rounding import round_qk, round_v_fp8
 from ...layout import empty_result, like_query
-from ...quantize import mean_scores
+from ...numerics.block_rounding import round_qk, round_v_fp8
+from ...numerics.quantize import mean_scores
 from . import block_sparse
 
 _LOG2_E = math.log2(math.e)

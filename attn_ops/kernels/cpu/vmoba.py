@@ -11,9 +11,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ...chunk_choice import ChunkRule, choose_chunks, chunk_gates, own_chunks
+from ...blocks.chunk_choice import ChunkRule, choose_chunks, chunk_gates, own_chunks
+from ...blocks.tiles import Tiling
 from ...layout import empty_result, like_query
-from ...tiles import Tiling
 from ..lse_gradient import with_lse_gradient
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default

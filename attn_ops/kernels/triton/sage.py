@@ -1,6 +1,6 @@
 """SageAttention in Triton, for sm_80 and newer: INT8 scores, then FP16 or (sm_89 and newer) FP8 values.
 
-Quantization is `attn_ops/quantize.py`; a scale per token makes every granularity one kernel, and INT4 is INT8 that uses
+Quantization is `attn_ops/numerics/quantize.py`; a scale per token makes every granularity one kernel, and INT4 is INT8 that uses
 15 integers. FP32 sums everywhere. The sum of weights is taken before they are rounded to FP16 or FP8.
 """
 
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ...errors import UnsupportedError
 from ...layout import empty_result
-from ...quantize import SMOOTH_Q_BLOCK, QuantizedQK, quantize_qk, quantize_v_fp8, without_mean
+from ...numerics.quantize import SMOOTH_Q_BLOCK, QuantizedQK, quantize_qk, quantize_v_fp8, without_mean
 from .device import LN_2, LOG2_E, finish, load, start, weigh
 from .tiles import on_device, padded_head_dim, sage_tile, target_arch
 

@@ -11,9 +11,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...block_rounding import round_qk, round_v_fp8
 from ...errors import UnsupportedError
 from ...layout import empty_result
+from ...numerics.block_rounding import round_qk, round_v_fp8
 from .block_sparse import _broadcast_strides, _split
 from .device import LN_2, LOG2_E, finish, load, start, weigh
 from .tiles import on_device, padded_head_dim, sparge_tile, target_arch

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .block_rounding import key_mean
-from .checks import default_scale
-from .op import LIBRARY, NAMESPACE
+from ..checks import default_scale
+from ..numerics.block_rounding import key_mean
+from ..op import LIBRARY, NAMESPACE
 from .selection import Selection, select_blocks
 from .sparge_arguments import BLOCK_MAP, SELECTION, check_block_map
 

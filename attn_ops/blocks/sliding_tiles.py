@@ -11,10 +11,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..errors import ArgumentError
+from ..video_layout import VideoLayout
 from .block_index import BlockIndex, lists_of
-from .errors import ArgumentError
 from .tiles import Tiling
-from .video_layout import VideoLayout
 
 _CPU = torch.device("cpu")
 

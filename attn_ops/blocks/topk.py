@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..errors import ArgumentError
 from .block_index import lists_of
-from .errors import ArgumentError
 
 
 def block_mean(x: Tensor, block: int) -> Tensor:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .heads import per_query_head
+from ..heads import per_query_head
 from .topk import block_mean, causal_blocks, pooled_scores, top_k_blocks
 
 Threshold = float | Tensor

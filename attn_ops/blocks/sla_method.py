@@ -10,11 +10,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..call import FLOAT_DTYPES, dtype_name
+from ..checks import check_choice, check_qkv
+from ..errors import ArgumentError
+from ..numerics.linear_attention import FEATURE_MAPS
 from .block_index import mask_of
-from .call import FLOAT_DTYPES, dtype_name
-from .checks import check_choice, check_qkv
-from .errors import ArgumentError
-from .linear_attention import FEATURE_MAPS
 from .topk import block_mean, top_k_blocks
 
 VARIANTS = ("all", "complement")

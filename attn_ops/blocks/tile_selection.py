@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from ..call import dtype_name
+from ..errors import ArgumentError
 from .block_index import lists_of, mask_of
-from .call import dtype_name
-from .errors import ArgumentError
 from .tiles import Tiling
 from .topk import top_k_blocks
 

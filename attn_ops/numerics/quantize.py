@@ -11,9 +11,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .checks import check_choice
-from .errors import ArgumentError
-from .topk import block_mean
+from ..blocks.topk import block_mean
+from ..checks import check_choice
+from ..errors import ArgumentError
 
 _E4M3_MAX = 448.0
 _LEAST_AMAX = 1e-30

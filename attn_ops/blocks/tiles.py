@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .errors import ArgumentError
-from .video_layout import VideoLayout
+from ..errors import ArgumentError
+from ..video_layout import VideoLayout
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .call import dtype_name
-from .checks import check_choice, check_qkv, default_scale
-from .errors import ArgumentError
-from .resolve import AUTO
+from ..call import dtype_name
+from ..checks import check_choice, check_qkv, default_scale
+from ..errors import ArgumentError
+from ..resolve import AUTO
 from .selection import Selection, Threshold
 
 ATTENTION, BLOCK_MAP = "sparge_attention", "sparge_block_map"

@@ -12,12 +12,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..checks import check_choice
+from ..errors import ArgumentError
+from ..video_layout import VideoLayout
 from .block_index import mask_of
-from .checks import check_choice
-from .errors import ArgumentError
 from .tiles import Tiling, tiling_of
 from .topk import top_k_blocks
-from .video_layout import VideoLayout
 
 SELECT = ("topk", "threshold")
 GROUPS = {"query_head": (3,), "block": (1, 2), "overall": (1, 2, 3), "head_global": (2, 3)}

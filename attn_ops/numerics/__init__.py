@@ -1,0 +1,1 @@
+"""Arithmetic that methods share: rounding to integers and FP8, and the linear branch of SLA."""
