@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from sparseattn import nn
 from sparseattn.attn_ops import backends as _backends  # noqa: F401  (registers the ops)
 from sparseattn.attn_ops import ops
-from sparseattn.attn_ops.block_index import BlockIndex
+from sparseattn.attn_ops.blocks.block_index import BlockIndex
 from sparseattn.attn_ops.capability import Capability
 from sparseattn.attn_ops.registry import backends, register
 from sparseattn.attn_ops.video_layout import VideoLayout

@@ -33,7 +33,7 @@ def sparseattn_backend(
         example_inputs: its inputs, fake.
         mode: as in torch.compile, passed to Inductor.
         options: "policy" (a preset name, a path to a .toml or .json file, a dict or a Policy), "inner_backend",
-            "capability", "mode", and any Inductor option.
+            "capability", "hoist_tiling" (False leaves the tiling in every site), "mode", and any Inductor option.
 
     Raises:
         PolicyError: on a wrong option or policy.
@@ -43,7 +43,7 @@ def sparseattn_backend(
     guard_on_policy_state()
     policy = effective_policy(asked.policy)
     if policy is not None:
-        publish(rewrite_graph(gm, policy, asked.capability))
+        publish(rewrite_graph(gm, policy, asked.capability, hoist=asked.hoist_tiling))
     if asked.inner_backend == INDUCTOR:
         return compile_with_inductor(gm, example_inputs, asked.inductor)
     inner: Callable[..., Any] = torch._dynamo.lookup_backend(asked.inner_backend)(gm, list(example_inputs))

@@ -58,7 +58,9 @@ def explain(
         return lambda *_: [_zeros(value) for value in shapes]
 
     try:
-        torch.compile(_fresh(_call), backend=decide_only, dynamic=dynamic)(model, args, kwargs)
+        # Dynamo remembers sizes by source line: a model explained before would make this one's sizes symbolic.
+        with torch._dynamo.config.patch(automatic_dynamic_shapes=False):
+            torch.compile(_fresh(_call), backend=decide_only, dynamic=dynamic)(model, args, kwargs)
     except BackendCompilerFailed as failure:
         if isinstance(failure.inner_exception, SparseAttnError):
             raise failure.inner_exception from None

@@ -13,7 +13,7 @@ from ..attn_ops.capability import Capability
 from ..attn_ops.errors import PolicyError, nearest
 
 INDUCTOR = "inductor"
-_OURS = ("policy", "inner_backend", "capability", "mode")
+_OURS = ("policy", "inner_backend", "capability", "hoist_tiling", "mode")
 
 
 @dataclass(frozen=True)
@@ -24,12 +24,14 @@ class Options:
         policy: a preset name, a path, a dict, a Policy, or None.
         inner_backend: the backend that compiles the rewritten graph.
         capability: the machine to decide for, or None for the one each tensor is on.
+        hoist_tiling: keep tokens in tile order between sites, where that is exact.
         inductor: Inductor configuration, with that of `mode` filled in.
     """
 
     policy: Any = None
     inner_backend: str = INDUCTOR
     capability: Capability | None = None
+    hoist_tiling: bool = True
     inductor: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
@@ -43,11 +45,14 @@ class Options:
         inner = given.pop("inner_backend", INDUCTOR)
         capability = given.pop("capability", None)
         policy = given.pop("policy", None)
+        hoist = given.pop("hoist_tiling", True)
         mode = given.pop("mode", mode)
+        if not isinstance(hoist, bool):
+            raise PolicyError(f"options: hoist_tiling must be true or false, got {hoist!r}.")
         if inner != INDUCTOR:
             _check_inner(inner, mode, given)
-            return cls(policy, inner, _capability(capability))
-        return cls(policy, inner, _capability(capability), {**_mode_options(mode), **_inductor_options(given)})
+            return cls(policy, inner, _capability(capability), hoist)
+        return cls(policy, inner, _capability(capability), hoist, {**_mode_options(mode), **_inductor_options(given)})
 
 
 def _capability(given: str | Capability | None) -> Capability | None:

@@ -9,11 +9,12 @@ import html
 import json
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from ..attn_ops.call import AttentionCall, dtype_name
 from ..lowering.decision import Decision
+from .hoist_tiling import Hoisted
 from .table import aligned
 
 _COLUMNS = ("#", "layer", "kind", "B,H,S,D", "dtype", "chosen", "provider", "params", "rule", "why")
@@ -35,7 +36,8 @@ class Row:
         """The row's columns as text, without its number."""
         call, decision = self.call, self.decision
         shape = call.shape if call.head_dim else "?"
-        settings = [*decision.params, *([("grid", decision.layout)] if decision.layout else [])]
+        layout = decision.layout or call.layout
+        settings = [*decision.params, *([("grid", layout)] if layout else [])]
         params = " ".join(f"{name}={_brief(value)}" for name, value in settings)
         rule = "-" if decision.rule is None else str(decision.rule)
         chosen, provider = decision.backend or DENSE, decision.provider or "torch"
@@ -79,12 +81,14 @@ class Report:
         policy: name of the policy.
         policy_hash: its hash.
         capability: the machine decided for, as text.
+        hoisted: the tiling that was taken out of the sites.
     """
 
     rows: tuple[Row, ...] = ()
     policy: str = ""
     policy_hash: str = ""
     capability: str = ""
+    hoisted: Hoisted = field(default_factory=Hoisted)
 
     @property
     def decisions(self) -> tuple[Decision, ...]:
@@ -105,11 +109,13 @@ class Report:
         """One line: `5 attention sites: 4 block_topk, 1 sdpa (policy fast, cpu-avx512)`."""
         counts = ", ".join(f"{count} {name}" for name, count in self.chosen.most_common()) or "nothing to rewrite"
         sites = f"{len(self.rows)} attention site{'' if len(self.rows) == 1 else 's'}"
-        return f"{sites}: {counts} (policy {self.policy}, {self.capability})"
+        tiling = f"; {self.hoisted}" if self.hoisted.sites else ""
+        return f"{sites}: {counts} (policy {self.policy}, {self.capability}){tiling}"
 
     def __add__(self, other: Report) -> Report:
         """The sites of both, for a model that compiles into several graphs."""
-        return Report(self.rows + other.rows, other.policy, other.policy_hash, other.capability)
+        hoisted = self.hoisted + other.hoisted
+        return Report(self.rows + other.rows, other.policy, other.policy_hash, other.capability, hoisted)
 
     def __str__(self) -> str:
         table = aligned([_COLUMNS, *((str(i), *row.cells()) for i, row in enumerate(self.rows))]) if self.rows else []
@@ -135,6 +141,7 @@ class Report:
             "policy_hash": self.policy_hash,
             "capability": self.capability,
             "summary": self.summary(),
+            "hoisted": asdict(self.hoisted),
             "sites": [row.to_dict() for row in self.rows],
         }
 

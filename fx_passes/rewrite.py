@@ -12,6 +12,7 @@ import contextlib
 import functools
 import operator
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -22,6 +23,8 @@ from ..attn_ops.capability import Capability
 from ..lowering.decide import decide
 from ..lowering.decision import Decision
 from ..lowering.policy import Policy
+from .hoist_tiling import Hoisted, hoist_tiling
+from .layouts import Grids
 from .normalize.graph import value_of
 from .normalize.multihead import opaque_sites, open_multihead
 from .normalize.unfused import fuse_unfused
@@ -31,19 +34,25 @@ from .sites import CallSite, find_sites, module_path, source_line
 _META_KEYS = ("example_value", "val")
 
 
-def rewrite_graph(module: fx.GraphModule, policy: Policy, capability: Capability | None = None) -> Report:
+def rewrite_graph(
+    module: fx.GraphModule, policy: Policy, capability: Capability | None = None, *, hoist: bool = True
+) -> Report:
     """Rewrite a graph and its sub-graphs in place.
 
     Args:
         module: a graph from Dynamo or torch.export.
         policy: decides what each site becomes.
         capability: the machine to decide for; None means the one each site's tensors are on.
+        hoist: keep tokens in tile order between sites, where that is exact.
 
     Raises:
         RequirementError: if a rule with mode="require" matches a site that its backend cannot serve.
     """
-    rows = [row for graph in _graphs(module) for row in _rewrite_one(graph, policy, capability)]
-    return Report(tuple(rows), policy.name, policy.hash, str(capability or _capability_of(rows)))
+    grids = Grids(module)
+    rows = [row for graph in _graphs(module) for row in _rewrite_one(graph, policy, capability, grids)]
+    # Only now: a grid is read in raster order, through the graphs before it.
+    hoisted = sum(map(hoist_tiling, _graphs(module) if hoist else ()), Hoisted())
+    return Report(tuple(rows), policy.name, policy.hash, str(capability or _capability_of(rows)), hoisted)
 
 
 def _graphs(module: fx.GraphModule) -> Iterator[fx.GraphModule]:
@@ -55,12 +64,14 @@ def _graphs(module: fx.GraphModule) -> Iterator[fx.GraphModule]:
             yield from _graphs(child)
 
 
-def _rewrite_one(module: fx.GraphModule, policy: Policy, capability: Capability | None) -> list[Row]:
+def _rewrite_one(module: fx.GraphModule, policy: Policy, capability: Capability | None, grids: Grids) -> list[Row]:
     opaque = [_opaque_row(node, reason, capability) for node, reason in opaque_sites(module)]
     records = {record.site: record for record in (*open_multihead(module), *fuse_unfused(module))}
     rows, dense = [], set()
-    for site in find_sites(module):  # each is read after the ones before it were replaced: one may feed another
+    for site in find_sites(module, grids):  # each is read after those before it were replaced: one may feed another
         decision = decide(site.call, capability or Capability.current(site.device), policy, module=site.module)
+        if site.grid.note:
+            decision = replace(decision, why=f"{decision.why}; no token grid: {site.grid.note}")
         rows.append(Row(site.module, site.source, site.call, decision))
         if decision.is_dense:
             dense.add(site.node)
@@ -91,6 +102,8 @@ def _capability_of(rows: list[Row]) -> Capability:
 def _replace(site: CallSite, decision: Decision) -> None:
     """Put the chosen op in the place of the site's node."""
     node, graph = site.node, site.node.graph
+    if decision.layout is not None:
+        _hold(site, decision)
     op = getattr(torch.ops.sparseattn, decision.op).default
     with graph.inserting_before(node):
         operands = tuple(_unit_stride(graph, operand) for operand in (site.q, site.k, site.v))
@@ -100,6 +113,15 @@ def _replace(site: CallSite, decision: Decision) -> None:
         result = _in_layout_of(node, out)
     node.replace_all_uses_with(result)
     graph.erase_node(node)
+
+
+def _hold(site: CallSite, decision: Decision) -> None:
+    """Guard the sizes that the layout stands for: a constant of the graph must not outlive them."""
+    read = site.grid.sizes if decision.layout == site.call.layout else ()
+    if torch._guards.TracingContext.try_get() is None:  # no guard can be made: the op checks its lengths when it runs
+        return
+    for size in (*read, *(value_of(operand).shape[2] for operand in (site.q, site.k))):
+        int(size)
 
 
 def _arguments(site: CallSite, decision: Decision) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor, fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from ..attn_ops.call import AttentionCall, MaskKind
+from .layouts import Grids, TokenGrid
 from .normalize.graph import number_of, value_of
 from .normalize.masks import prove_mask
 from .normalize.repeat_kv import peel_repeat_kv
@@ -45,6 +46,7 @@ class CallSite:
         module: path of the module that owns it, "blocks.0.attn1"; "" if unknown.
         source: "file.py:12" of the line that calls it; "" if unknown.
         device: device of the query.
+        grid: what the graph says about the token grid; its layout is that of the call.
     """
 
     node: fx.Node
@@ -56,16 +58,20 @@ class CallSite:
     module: str
     source: str
     device: torch.device
+    grid: TokenGrid = field(default_factory=TokenGrid)
 
 
-def find_sites(module: fx.GraphModule) -> Iterator[CallSite]:
-    """Every SDPA node of one graph in graph order, each read when it is asked for; sub-graphs are not entered."""
+def find_sites(module: fx.GraphModule, grids: Grids | None = None) -> Iterator[CallSite]:
+    """Every SDPA node of one graph in graph order, each read when it is asked for; sub-graphs are not entered.
+
+    `grids` knows the token grids of the graph, or of the one it is a part of; without it none is read.
+    """
     for node in list(module.graph.nodes):
         if node.op == "call_function" and node.target in SDPA_TARGETS:
-            yield read_site(node)
+            yield read_site(node, grids)
 
 
-def read_site(node: fx.Node) -> CallSite:
+def read_site(node: fx.Node, grids: Grids | None = None) -> CallSite:
     """Describe one SDPA node."""
     given: dict[str, Any] = {**_DEFAULTS, **dict(zip(_PARAMETERS, node.args, strict=False)), **node.kwargs}
     q, k, v, scale = given["query"], given["key"], given["value"], number_of(given["scale"])
@@ -80,7 +86,9 @@ def read_site(node: fx.Node) -> CallSite:
     k, v = _peel_together(k, v, heads)
     call = _describe(value_of(q), value_of(k), value_of(v), value_of(node))
     call = _with_mask(replace(call, scale=None if isinstance(scale, fx.Node) else scale), given)
-    return CallSite(q=q, k=k, v=v, call=call, device=values[0].device, **common)
+    grid = grids.at(q, k, v) if grids is not None and call.kind == "self" else TokenGrid()
+    call = replace(call, layout=grid.layout)
+    return CallSite(q=q, k=k, v=v, call=call, device=values[0].device, grid=grid, **common)
 
 
 def _why_unreadable(values: list[object]) -> str | None:

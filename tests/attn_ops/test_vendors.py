@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 import sys
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -245,6 +247,35 @@ def test_a_side_stream_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         stream.on_default_stream("sageattention", on_gpu),
     ):
         pass
+
+
+@pytest.mark.parametrize("adapter", [sageattention, spas_sage_attn])
+def test_adapters_of_the_default_stream_ask_for_it_and_keep_the_device(
+    monkeypatch: pytest.MonkeyPatch, adapter: Any
+) -> None:
+    """Those packages call torch.cuda.set_device and launch on the default stream, whichever is current."""
+    inside: list[bool] = [False]
+
+    @contextlib.contextmanager
+    def device_of(_tensor: Tensor) -> Iterator[None]:
+        inside[0] = True
+        yield
+        inside[0] = False
+
+    def kernel(q: Tensor, *_args: Any, **_arguments: Any) -> Any:
+        assert inside[0]
+        return q if adapter is spas_sage_attn else (q, q[..., 0])
+
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    names = {"block_sparse_sage2_attn_cuda": kernel, "sageattn_qk_int8_pv_fp16_triton": kernel}
+    install(monkeypatch, adapter.PACKAGE, **names)
+    pretend_sm(monkeypatch, adapter, 80)
+    q, k, v = inputs()
+    if adapter is spas_sage_attn:
+        adapter.load()(q, k, v, torch.ones(1, 4, 1, 2, dtype=torch.bool), scale=0.2)
+    else:
+        adapter.load()(q, k, v, scale=0.2, granularity="per_block", pv="fp16", smooth_k=True)
+    assert not inside[0]
 
 
 def over_map(q: Tensor, k: Tensor, v: Tensor, block_map: Tensor, blocks: tuple[int, int], scale: float) -> Tensor:

@@ -184,11 +184,18 @@ def test_input_scales(factor: float, gated: bool) -> None:
     check(CASES["short tiles"], CASES["short tiles"].inputs(factor=factor), gated)
 
 
-@pytest.mark.parametrize("factor", [4.0, 16.0])
-def test_input_scales_in_half_precision(factor: float) -> None:
-    """Keys that are scaled before they are rounded to bf16 cost the published backward 0.59 here."""
+@pytest.mark.parametrize("factor", [1.0, 4.0, 16.0])
+def test_gradients_of_large_scores_in_half_precision(factor: float) -> None:
+    """Rounding keys to bf16 after scaling them cost a published backward 0.59 here; the rounding of out costs 0.01."""
     case = dataclasses.replace(CASES["short tiles"], sparsity=0.3)
-    check(case, case.inputs(torch.bfloat16, factor=factor), gated=True)
+    given = [x.requires_grad_() for x in case.inputs(torch.bfloat16, factor=factor)[:3]]
+    out, _ = OP(*given, **case.settings)
+    grad_out = torch.randn_like(out)
+    grads = torch.autograd.grad(out, given, grad_out)
+    exact_leaves = [x.detach().double().requires_grad_() for x in given]
+    exact, _ = by_the_paper(*exact_leaves, None, case)
+    for grad, wanted in zip(grads, torch.autograd.grad(exact, exact_leaves, grad_out.double()), strict=True):
+        assert relative(grad, wanted) < 0.02
 
 
 def test_means_and_scores_of_tiles_are_fp32() -> None:

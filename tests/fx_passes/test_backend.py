@@ -178,6 +178,17 @@ def test_sub_graphs_are_rewritten() -> None:
         assert sparseattn.last_report().rewritten == sites
 
 
+def test_one_graph_serves_the_layers_of_a_model_compiled_one_by_one() -> None:
+    """A layer's number that reaches the graph as a Python int is a graph per layer, up to the recompilation limit."""
+    model, x = Blocks(layers=12), tokens().requires_grad_()
+    expected = model(x)
+    for block in model.blocks:
+        block.compile(backend="sparseattn", fullgraph=True, options={"policy": TOP_K, **EAGER})
+    torch._dynamo.utils.counters.clear()
+    torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-5)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
 def test_functorch_sites_are_left_alone_with_the_reason() -> None:
     def loss(q):
         return functional.scaled_dot_product_attention(q, q, q).sum()

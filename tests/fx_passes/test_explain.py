@@ -36,6 +36,15 @@ def test_explaining_often_does_not_exhaust_recompilation() -> None:
         assert sparseattn.explain(model, tokens(), policy="exact").rewritten == 2
 
 
+def test_another_length_is_not_made_symbolic_by_the_one_before() -> None:
+    shapes = [
+        row.call.shape
+        for length in (32, 64, 48)
+        for row in sparseattn.explain(SelfAttention(), tokens(length=length), policy="exact").rows
+    ]
+    assert shapes == ["2,2,32,16", "2,2,64,16", "2,2,48,16"]
+
+
 def test_a_gpu_that_is_not_here() -> None:
     with torch.no_grad():
         report = sparseattn.explain(Blocks().half(), tokens(length=4096).half(), policy="auto", capability="sm90")

@@ -77,6 +77,21 @@ def test_import_needs_torch_alone_and_changes_nothing() -> None:
     assert second == "True"
 
 
+def test_checks_stay_without_asserts() -> None:
+    """Published checks are `assert`, which python -O removes: wrong dtypes and shapes then reach the kernel."""
+    out = _run(
+        "import torch, sparseattn\n"
+        "q = torch.randn(1, 2, 64, 16)\n"
+        "for k in (q.half(), q[..., ::2], q[:, :, :, :8], torch.randn(1, 3, 64, 16), q[0]):\n"
+        "    try:\n"
+        "        torch.ops.sparseattn.sage_attention(q, k, k)\n"
+        "    except sparseattn.attn_ops.errors.ArgumentError:\n"
+        "        print(__debug__)",
+        PYTHONOPTIMIZE="1",
+    )
+    assert out.split() == ["False"] * 5
+
+
 _COMPILE = """
 import torch, sparseattn, torch._dynamo.utils as u
 torch.manual_seed(0)
