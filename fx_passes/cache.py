@@ -42,9 +42,14 @@ def compile_with_inductor(
     from torch._inductor.compile_fx import compile_fx, compile_fx_inner
     from torch.compiler import config
 
-    tagged = config.patch(cache_key_tag=f"{config.cache_key_tag}|{code_tag()}")  # type: ignore[attr-defined]
-    with tagged:
-        compiled = compile_fx(module, list(example_inputs), tagged(compile_fx_inner), config_patches)
+    tag = f"{config.cache_key_tag}|{code_tag()}"  # type: ignore[attr-defined]
+
+    def compile_inner(*args: Any, **kwargs: Any) -> Any:
+        with config.patch(cache_key_tag=tag):  # type: ignore[attr-defined]
+            return compile_fx_inner(*args, **kwargs)
+
+    with config.patch(cache_key_tag=tag):  # type: ignore[attr-defined]
+        compiled = compile_fx(module, list(example_inputs), compile_inner, config_patches)
     return cast(Callable[..., Any], compiled)
 
 

@@ -170,7 +170,10 @@ def test_sub_graphs_are_rewritten() -> None:
     def nested(x):
         return region(region(x))
 
-    for function, sites in ((checkpointed, 1), (conditional, 2), (scanned, 1), (nested, 2)):
+    cases = [(checkpointed, 1), (conditional, 2), (nested, 2)]
+    if torch.__version__ >= "2.13":  # aot_eager of torch 2.11 refuses this scan, without us too
+        cases.append((scanned, 1))
+    for function, sites in cases:
         torch._dynamo.reset()
         x = tokens()
         actual = _compile(function)(x)
