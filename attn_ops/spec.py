@@ -60,9 +60,10 @@ class Support:
 
     def why_not(self, call: AttentionCall, capability: Capability) -> list[str]:
         """Every requirement that the call or the machine does not meet, one sentence each."""
-        return [*self._machine(capability), *self._call(call)]
+        return [*self.why_not_on(capability), *self._call(call)]
 
-    def _machine(self, capability: Capability) -> list[str]:
+    def why_not_on(self, capability: Capability) -> list[str]:
+        """Every requirement that the machine does not meet, whatever the call."""
         reasons = []
         if self.devices is not None and capability.device not in self.devices:
             reasons.append(f"needs a {' or '.join(self.devices)} device, this is {capability.device}")

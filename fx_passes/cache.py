@@ -42,7 +42,7 @@ def compile_with_inductor(
     from torch._inductor.compile_fx import compile_fx, compile_fx_inner
     from torch.compiler import config
 
-    tag = f"{config.cache_key_tag}|{code_tag()}"  # type: ignore[attr-defined]
+    tag = f"{config.cache_key_tag}|{code_tag()}"
 
     def compile_inner(*args: Any, **kwargs: Any) -> Any:
         with config.patch(cache_key_tag=tag):  # type: ignore[attr-defined]

@@ -9,7 +9,7 @@ import html
 import json
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from ..attn_ops.call import AttentionCall, dtype_name
@@ -82,6 +82,7 @@ class Report:
         policy_hash: its hash.
         capability: the machine decided for, as text.
         hoisted: the tiling that was taken out of the sites.
+        named: the backends that the policy names.
     """
 
     rows: tuple[Row, ...] = ()
@@ -89,6 +90,7 @@ class Report:
     policy_hash: str = ""
     capability: str = ""
     hoisted: Hoisted = field(default_factory=Hoisted)
+    named: tuple[str, ...] = ()
 
     @property
     def decisions(self) -> tuple[Decision, ...]:
@@ -114,8 +116,7 @@ class Report:
 
     def __add__(self, other: Report) -> Report:
         """The sites of both, for a model that compiles into several graphs."""
-        hoisted = self.hoisted + other.hoisted
-        return Report(self.rows + other.rows, other.policy, other.policy_hash, other.capability, hoisted)
+        return replace(other, rows=self.rows + other.rows, hoisted=self.hoisted + other.hoisted)
 
     def __str__(self) -> str:
         table = aligned([_COLUMNS, *((str(i), *row.cells()) for i, row in enumerate(self.rows))]) if self.rows else []
@@ -123,16 +124,23 @@ class Report:
         return "\n".join([title, *table, self.summary(), *self._why_not()])
 
     def _why_not(self) -> Iterator[str]:
-        """Per candidate, its reasons with the number of sites each applied to."""
+        """Per candidate that the policy names, its reasons with the number of sites each applied to."""
         reasons: dict[str, Counter[str]] = {}
         for decision in self.decisions:
             for candidate, sentences in decision.rejected:
                 reasons.setdefault(candidate, Counter()).update(sentences)
         if reasons:
             yield "why not"
+        others = []
         for candidate, counts in sorted(reasons.items()):
-            told = "; ".join(f"{sentence} ({count})" for sentence, count in counts.most_common())
-            yield f"  {candidate}: {told}"
+            name = candidate.partition("/")[0]
+            if name in self.named:
+                told = "; ".join(f"{sentence} ({count})" for sentence, count in counts.most_common())
+                yield f"  {candidate}: {told}"
+            elif name not in others:
+                others.append(name)
+        if others:
+            yield f"  not named by the policy: {', '.join(others)} (to_json() has what each would need)"
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain values."""

@@ -52,7 +52,9 @@ def rewrite_graph(
     rows = [row for graph in _graphs(module) for row in _rewrite_one(graph, policy, capability, grids)]
     # Only now: a grid is read in raster order, through the graphs before it.
     hoisted = sum(map(hoist_tiling, _graphs(module) if hoist else ()), Hoisted())
-    return Report(tuple(rows), policy.name, policy.hash, str(capability or _capability_of(rows)), hoisted)
+    named = tuple(dict.fromkeys(name for rule in policy.rules for name in rule.use))
+    machine = str(capability or _capability_of(rows))
+    return Report(tuple(rows), policy.name, policy.hash, machine, hoisted, named)
 
 
 def _graphs(module: fx.GraphModule) -> Iterator[fx.GraphModule]:

@@ -15,7 +15,7 @@ QUANTIZED_MIN_SEQ = 1024
 """Tokens below which `auto` does not quantize."""
 SPARSE_MIN_SEQ = 1024
 """Tokens below which `balanced` and `fast` drop no key blocks."""
-KEEP_RATIO = {"balanced": 0.4, "fast": 0.2}
+KEEP_RATIO = {"balanced": 0.5, "fast": 0.3}
 """Fraction of the key blocks that each query block keeps."""
 
 PRESETS = ("exact", "auto", "balanced", "fast")

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..blocks.topk import choose_blocks
+from ..blocks.pooled import choose_blocks
 from ..call import AttentionCall
 from ..capability import Capability
 from ..checks import check_qkv, default_scale
@@ -22,8 +22,9 @@ from ..spec import TRITON_FORWARD, BackendSpec, Kernel, Param, Provider, Support
 NAME, OP = "block_topk", "block_topk_attention"
 BLOCKS = (16, 32, 64, 128)
 
-# At the default keep_ratio on CPU, 4 heads of 64 or 128 channels: 0.8 to 1.2 times the speed of dense at 256 tokens,
-# 1.4 to 1.8 at 512; causal 0.8 to 1.5 at 512, 1.5 to 1.9 at 1024 (measured).
+# At the default keep_ratio on CPU, 4 heads of 64 or 128 channels, blocks gathered: 0.8 to 1.2 times the speed of dense
+# at 256 tokens, 1.4 to 1.8 at 512; causal 0.8 to 1.5 at 512, 1.5 to 1.9 at 1024 (measured). The native kernel pays
+# earlier, but where there is no compiler there is none.
 _LEAST_SEQ, _LEAST_SEQ_CAUSAL = 512, 1024
 
 
@@ -219,7 +220,7 @@ BACKEND = BackendSpec(
     providers=(
         Provider(
             "triton",
-            "selection in PyTorch, attention in the pointer kernel for sm_80 and newer",
+            "selection and attention in Triton kernels for sm_80 and newer",
             load=_through("triton"),
             support=TRITON_FORWARD,
         ),

@@ -208,7 +208,7 @@ BACKEND = BackendSpec(
     providers=(
         Provider(
             "triton",
-            "blocks and linear branch in PyTorch, attention in the pointer kernel for sm_80 and newer",
+            "linear branch in PyTorch, selection and attention in Triton kernels for sm_80 and newer",
             load=_on_lists("kernels.triton.sparge"),
             support=TRITON_FORWARD,
             why_not=_why_not_triton,

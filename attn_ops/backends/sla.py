@@ -213,7 +213,7 @@ BACKEND = BackendSpec(
     providers=(
         Provider(
             "triton",
-            "blocks and linear branch in PyTorch, attention in the pointer kernel for sm_80 and newer",
+            "linear branch in PyTorch, selection and attention in Triton kernels for sm_80 and newer",
             load=_through("attention", "triton"),
             support=TRITON_FORWARD,
         ),

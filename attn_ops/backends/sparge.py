@@ -209,7 +209,7 @@ BACKEND = BackendSpec(
     providers=(
         Provider(
             "triton",
-            "selection in PyTorch, attention in the pointer kernel for sm_80 and newer",
+            "selection and attention in Triton kernels for sm_80 and newer",
             load=_on_lists("kernels.triton.sparge"),
             support=TRITON_FORWARD,
             why_not=_why_not_triton,

@@ -221,7 +221,7 @@ BACKEND = BackendSpec(
     providers=(
         Provider(
             "triton",
-            "tiling and selection in PyTorch, attention in the pointer kernel for sm_80 and newer",
+            "tiling in PyTorch, selection and attention in Triton kernels for sm_80 and newer",
             load=_through("triton", "attention"),
             support=TRITON_FORWARD,
         ),
@@ -234,7 +234,7 @@ BACKEND = BackendSpec(
         ),
         Provider(
             fastvideo_kernel.PROVIDER.name,
-            "tiling and selection in PyTorch, attention in VSA's Hopper kernel, the package fastvideo-kernel",
+            "tiling and selection as with triton, attention in VSA's Hopper kernel, the package fastvideo-kernel",
             load=_through(fastvideo_kernel.PROVIDER.name, "attention", block=_FASTVIDEO_BLOCK),
             support=fastvideo_kernel.PROVIDER.support,
             why_not=_fastvideo_why_not,

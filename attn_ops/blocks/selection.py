@@ -12,12 +12,11 @@ import torch
 from torch import Tensor
 
 from ..heads import per_query_head
-from .topk import block_mean, causal_blocks, pooled_scores, top_k_blocks
+from .by_device import block_mean, count_to_mass, top_k_blocks
+from .pooled import causal_blocks, pooled_scores
 
 Threshold = float | Tensor
 """A number, or an fp32 tensor of shape () or (Hq,) on the device of the queries."""
-
-_UNITS_OF_MASS = 2.0**40
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,17 +108,11 @@ def mass_blocks(scores: Tensor, mass: Threshold, allowed: Tensor | None = None) 
 
 
 def mass_count(scores: Tensor, mass: Threshold, allowed: Tensor) -> Tensor:
-    """How many of the highest scores `mass_blocks` needs: (...) int64; 0 where nothing is allowed or mass is 0.
-
-    The running sum is one of integers: exact, and the same in whatever order a device adds.
-    """
+    """How many of the highest scores `mass_blocks` needs: (...) integers; 0 where nothing is allowed or mass is 0."""
     weights = scores.masked_fill(~allowed, -torch.inf).softmax(dim=-1, dtype=torch.float32)
-    units = (weights.nan_to_num(0.0).sort(dim=-1, descending=True).values * _UNITS_OF_MASS).long()
-    before = units.cumsum(dim=-1) - units
     if not isinstance(mass, Tensor):
         mass = torch.full((), mass, dtype=torch.float32, device=scores.device)
-    needed = (units > 0) & (before < (mass * _UNITS_OF_MASS).long().unsqueeze(-1))
-    return torch.where(mass >= 1, allowed.sum(dim=-1), needed.sum(dim=-1))
+    return torch.where(mass >= 1, allowed.sum(dim=-1), count_to_mass(weights, mass))
 
 
 def self_similarity(x: Tensor, block: int) -> Tensor:

@@ -15,7 +15,7 @@ from ..checks import check_choice, check_qkv
 from ..errors import ArgumentError
 from ..numerics.linear_attention import FEATURE_MAPS
 from .block_index import mask_of
-from .topk import block_mean, top_k_blocks
+from .by_device import block_mean, top_k_blocks
 
 VARIANTS = ("all", "complement")
 

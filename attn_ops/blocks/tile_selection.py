@@ -15,8 +15,8 @@ from torch.nn.functional import pad
 from ..call import dtype_name
 from ..errors import ArgumentError
 from .block_index import lists_of, mask_of
+from .by_device import top_k_blocks
 from .tiles import Tiling
-from .topk import top_k_blocks
 
 _DECIMALS = 1e6
 

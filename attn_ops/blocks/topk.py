@@ -1,6 +1,7 @@
-"""Block means, exact top-k, and the choice of key blocks they make: for every method that scores blocks.
+"""What selection is made of, in PyTorch and by definition: block means, exact top-k, and how many hold a mass.
 
 All are deterministic and wait for no device. Ties go to the lower index, so that every implementation agrees.
+`by_device` has the same functions, in Triton on a GPU.
 """
 
 from __future__ import annotations
@@ -11,11 +12,17 @@ from torch import Tensor
 from ..errors import ArgumentError
 from .block_index import lists_of
 
+UNITS_OF_MASS = 2.0**40
+"""Whole units that a mass of 1 is counted in, so that sums are exact."""
 
-def block_mean(x: Tensor, block: int) -> Tensor:
+
+def block_mean(x: Tensor, block: int, sizes: Tensor | None = None) -> Tensor:
     """Mean of every block of tokens, (B, H, S, D) to (B, H, ceil(S / block), D) fp32.
 
-    A short last block is divided by the tokens it has.
+    Args:
+        x: (B, H, S, D) floating point.
+        block: tokens of a block; a short last one is divided by the tokens it has.
+        sizes: (S / block,) int32, how many tokens a block has, the first ones; the others must be 0. None: all.
 
     Raises:
         ArgumentError: if block is not at least 1.
@@ -24,6 +31,8 @@ def block_mean(x: Tensor, block: int) -> Tensor:
         raise ArgumentError("block_mean", "block", "be at least 1", block)
     whole = x.shape[2] // block * block
     blocks = x[:, :, :whole].reshape(*x.shape[:2], whole // block, block, x.shape[3])
+    if sizes is not None:
+        return blocks.sum(dim=3, dtype=torch.float32) / sizes.unsqueeze(-1)
     means = blocks.mean(dim=3, dtype=torch.float32)
     if whole == x.shape[2]:
         return means
@@ -65,47 +74,15 @@ def top_k_blocks(scores: Tensor, keep: int | Tensor, allowed: Tensor | None = No
     return lists_of(kept)
 
 
-def choose_blocks(
-    q: Tensor, k: Tensor, *, keep_ratio: float, block_q: int, block_k: int, causal: bool
-) -> tuple[Tensor, Tensor]:
-    """The key blocks of the highest mean(q block) . mean(k block), as lists.
+def count_to_mass(weights: Tensor, mass: Tensor) -> Tensor:
+    """How many of the largest weights of every row it takes to hold `mass`: (...) integers, 0 for a mass of 0.
+
+    The running sum is one of integers: exact, and the same in whatever order a device adds.
 
     Args:
-        q: (B, Hq, Sq, D).
-        k: (B, Hkv, Sk, D); query head h reads head h // (Hq / Hkv).
-        keep_ratio: fraction of the candidates to keep, 0 ... 1, rounded half up, at least one block.
-        block_q: tokens per block of queries.
-        block_k: tokens per block of keys.
-        causal: candidates are the blocks not wholly in the future; those that hold a row's own tokens are always kept.
-
-    Returns:
-        index: (B, Hq, nq, nk) int32, ascending, 0 after the count.
-        count: (B, Hq, nq) int32.
+        weights: (..., n) fp32 of sum 1 in a row, 0 ... 1; NaN counts as 0.
+        mass: fp32, 0 ... 1, broadcastable to (...).
     """
-    scores = pooled_scores(q, k, block_q=block_q, block_k=block_k)
-    nk = scores.shape[-1]
-    if not causal:
-        return top_k_blocks(scores, max(1, int(keep_ratio * nk + 0.5)))
-    visible, own = causal_blocks(q.shape[2], nk, block_q=block_q, block_k=block_k, device=q.device)
-    keep = (keep_ratio * visible.sum(dim=-1).double() + 0.5).floor().long().clamp(min=1)
-    return top_k_blocks(scores.masked_fill(own, torch.inf), torch.maximum(keep, own.sum(dim=-1)), visible)
-
-
-def pooled_scores(q: Tensor, k: Tensor, *, block_q: int, block_k: int) -> Tensor:
-    """mean(q block) . mean(k block) in fp32, (B, Hq, nq, nk), of q: (B, Hq, Sq, D) and k: (B, Hkv, Sk, D)."""
-    mean_q, mean_k = block_mean(q, block_q), block_mean(k, block_k)
-    (batch, kv_heads, _, dim), nq = mean_k.shape, mean_q.shape[2]
-    grouped = mean_q.reshape(batch, kv_heads, -1, nq, dim)
-    return (grouped @ mean_k.unsqueeze(2).mT).flatten(1, 2)
-
-
-def causal_blocks(seq_q: int, nk: int, *, block_q: int, block_k: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Which of nk key blocks are not wholly in the future of a block of queries, and which hold its own tokens.
-
-    Returns visible and own, (nq, nk) bool; own blocks are visible. Token i of the queries is token i of the keys.
-    """
-    first = torch.arange(-(-seq_q // block_q), device=device).unsqueeze(-1) * block_q
-    last = (first + block_q).clamp(max=seq_q) - 1
-    block = torch.arange(nk, device=device)
-    visible = block <= last // block_k
-    return visible, visible & (block >= first // block_k)
+    units = (weights.nan_to_num(0.0).sort(dim=-1, descending=True).values * UNITS_OF_MASS).long()
+    before = units.cumsum(dim=-1) - units
+    return ((units > 0) & (before < (mass * UNITS_OF_MASS).long().unsqueeze(-1))).sum(dim=-1)

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..blocks.by_device import block_mean
 from ..blocks.tile_selection import TilePlan, choose_tiles, split_tiles
 from ..blocks.tiles import Tiling
 from ..layout import like_query
@@ -46,7 +47,7 @@ class _Order:
 
     def means(self, x: Tensor) -> Tensor:
         """Mean over the tokens of every tile, (B, H, tiles, D) fp32, of x with 0 in the padding."""
-        return self.tiles(x).sum(dim=3, dtype=torch.float32) / self.sizes.unsqueeze(-1)
+        return block_mean(x, self.tiling.volume, self.sizes)
 
     def with_gradient_of_means(self, grad: Tensor, grad_means: Tensor) -> Tensor:
         """Add every token's share of the gradient of its tile's mean, grad_means: (B, H, tiles, D)."""

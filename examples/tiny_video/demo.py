@@ -146,7 +146,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=7)
     parser.add_argument("--out", type=Path, default=Path("demo_out"))
     options = parser.parse_args()
-    caption = sample_captions(1, torch.Generator().manual_seed(options.seed))
+    caption = sample_captions(1, torch.Generator().manual_seed(options.seed), most=2)
     runs = compile_runs(options.frames, options.steps, options.seed, caption)
     for i in range(options.steps):
         for run in runs:

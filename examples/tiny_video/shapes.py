@@ -23,14 +23,14 @@ _PALETTE = torch.tensor(
 _TOP, _BOTTOM = torch.tensor([0.05, 0.05, 0.12]), torch.tensor([0.12, 0.10, 0.22])
 
 
-def sample_clips(count: int, frames: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Draw clips and their captions.
+def sample_clips(count: int, frames: int, generator: torch.Generator, most: int = MAX_SHAPES) -> tuple[Tensor, Tensor]:
+    """Draw clips of one to `most` shapes and their captions.
 
     Returns:
         video: (count, 3, frames, CANVAS, CANVAS) fp32 in [-1, 1].
         caption: (count, MAX_SHAPES, CAPTION_DIM) fp32.
     """
-    caption, kind, colour, radius, present = _sample_captions(count, generator)
+    caption, kind, colour, radius, present = _sample_captions(count, generator, most)
     centre = _trajectories(count, frames, radius, generator)
     video = _background().expand(count, 3, frames, CANVAS, CANVAS)
     for shape in range(MAX_SHAPES):
@@ -40,17 +40,17 @@ def sample_clips(count: int, frames: int, generator: torch.Generator) -> tuple[T
     return video * 2 - 1, caption
 
 
-def sample_captions(count: int, generator: torch.Generator) -> Tensor:
+def sample_captions(count: int, generator: torch.Generator, most: int = MAX_SHAPES) -> Tensor:
     """Draw captions alone: (count, MAX_SHAPES, CAPTION_DIM) fp32."""
-    return _sample_captions(count, generator)[0]
+    return _sample_captions(count, generator, most)[0]
 
 
-def _sample_captions(count: int, generator: torch.Generator) -> tuple[Tensor, ...]:
+def _sample_captions(count: int, generator: torch.Generator, most: int) -> tuple[Tensor, ...]:
     kind = torch.randint(0, 3, (count, MAX_SHAPES), generator=generator)
     tint = torch.rand(count, len(_PALETTE), generator=generator).argsort(dim=1)[:, :MAX_SHAPES]
     colour = _PALETTE[tint]
     radius = 7.0 + 5.0 * torch.rand(count, MAX_SHAPES, generator=generator)
-    shapes = torch.randint(1, MAX_SHAPES + 1, (count, 1), generator=generator)
+    shapes = torch.randint(1, most + 1, (count, 1), generator=generator)
     present = (torch.arange(MAX_SHAPES) < shapes).float()
     one_hot = torch.nn.functional.one_hot(kind, 3).float()
     features = torch.cat([one_hot, colour, radius.unsqueeze(-1) / 12, torch.ones(count, MAX_SHAPES, 1)], dim=-1)

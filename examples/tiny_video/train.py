@@ -1,8 +1,8 @@
-"""Train the tiny video model on shapes that move: flow matching, first at 1,024 tokens, then at 4,096.
+"""Train the tiny video model on shapes that move: flow matching, at 1,024 tokens, then up to 4,096.
 
     python examples/tiny_video/train.py
 
-About two hours on two CPU cores. Interrupt it and start it again: it goes on from its last state. The checkpoint and
+About three hours on two CPU cores. Interrupt it and start it again: it goes on from its last state. The checkpoint and
 the log (one row per 50 steps) are written beside this file.
 """
 
@@ -28,6 +28,7 @@ class Stage:
     """A run of steps at one clip length; the rate falls linearly from `rate` to `final_rate`."""
 
     frames: int
+    most_shapes: int
     batch: int
     steps: int
     rate: float
@@ -35,8 +36,10 @@ class Stage:
 
 
 STAGES = (
-    Stage(frames=4, batch=8, steps=2200, rate=1.5e-3, final_rate=5e-4),
-    Stage(frames=16, batch=2, steps=700, rate=5e-4, final_rate=2e-5),
+    Stage(frames=4, most_shapes=3, batch=8, steps=2200, rate=1.5e-3, final_rate=5e-4),
+    Stage(frames=16, most_shapes=3, batch=2, steps=700, rate=5e-4, final_rate=2e-5),
+    Stage(frames=8, most_shapes=2, batch=4, steps=700, rate=8e-4, final_rate=4e-4),
+    Stage(frames=16, most_shapes=2, batch=2, steps=800, rate=4e-4, final_rate=1e-5),
 )
 
 
@@ -52,7 +55,7 @@ def locate(step: int) -> tuple[Stage, float] | None:
 
 def loss_of(model: torch.nn.Module, stage: Stage, generator: torch.Generator) -> torch.Tensor:
     """Flow-matching loss of one fresh batch: predict noise - video from their mixture (Lipman et al. 2023)."""
-    video, caption = sample_clips(stage.batch, stage.frames, generator)
+    video, caption = sample_clips(stage.batch, stage.frames, generator, stage.most_shapes)
     noise = torch.randn(video.shape, generator=generator)
     mix = shifted(torch.sigmoid(torch.randn(stage.batch, generator=generator)))
     noisy = torch.lerp(video, noise, mix[:, None, None, None, None])

@@ -11,7 +11,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from sparseattn.attn_ops.backends import block_topk as backend
 from sparseattn.attn_ops.blocks.block_index import mask_of
-from sparseattn.attn_ops.blocks.topk import choose_blocks
+from sparseattn.attn_ops.blocks.pooled import choose_blocks
 from sparseattn.attn_ops.call import AttentionCall
 from sparseattn.attn_ops.capability import Capability
 from sparseattn.attn_ops.errors import ArgumentError, GradientError, PolicyError

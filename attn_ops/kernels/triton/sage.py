@@ -1,7 +1,7 @@
 """SageAttention in Triton, for sm_80 and newer: INT8 scores, then FP16 or (sm_89 and newer) FP8 values.
 
-Quantization is `attn_ops/numerics/quantize.py`; a scale per token makes every granularity one kernel, and INT4 is INT8 that uses
-15 integers. FP32 sums everywhere. The sum of weights is taken before they are rounded to FP16 or FP8.
+Quantization is `numerics/quantize.py`; a scale per token makes every granularity one kernel, and INT4 is INT8 that
+uses 15 integers. FP32 sums everywhere. The sum of weights is taken before they are rounded to FP16 or FP8.
 """
 
 from __future__ import annotations

@@ -1,0 +1,57 @@
+"""Scores of blocks by the means of their tokens, and the choice of key blocks that they make.
+
+Deterministic, without host synchronization: scores are fp32 whatever the inputs are, and ties go to the lower number.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .by_device import block_mean, top_k_blocks
+
+
+def choose_blocks(
+    q: Tensor, k: Tensor, *, keep_ratio: float, block_q: int, block_k: int, causal: bool
+) -> tuple[Tensor, Tensor]:
+    """The key blocks of the highest mean(q block) . mean(k block), as lists.
+
+    Args:
+        q: (B, Hq, Sq, D).
+        k: (B, Hkv, Sk, D); query head h reads head h // (Hq / Hkv).
+        keep_ratio: fraction of the candidates to keep, 0 ... 1, rounded half up, at least one block.
+        block_q: tokens per block of queries.
+        block_k: tokens per block of keys.
+        causal: candidates are the blocks not wholly in the future; those that hold a row's own tokens are always kept.
+
+    Returns:
+        index: (B, Hq, nq, nk) int32, ascending, 0 after the count.
+        count: (B, Hq, nq) int32.
+    """
+    scores = pooled_scores(q, k, block_q=block_q, block_k=block_k)
+    nk = scores.shape[-1]
+    if not causal:
+        return top_k_blocks(scores, max(1, int(keep_ratio * nk + 0.5)))
+    visible, own = causal_blocks(q.shape[2], nk, block_q=block_q, block_k=block_k, device=q.device)
+    keep = (keep_ratio * visible.sum(dim=-1).double() + 0.5).floor().long().clamp(min=1)
+    return top_k_blocks(scores.masked_fill(own, torch.inf), torch.maximum(keep, own.sum(dim=-1)), visible)
+
+
+def pooled_scores(q: Tensor, k: Tensor, *, block_q: int, block_k: int) -> Tensor:
+    """mean(q block) . mean(k block) in fp32, (B, Hq, nq, nk), of q: (B, Hq, Sq, D) and k: (B, Hkv, Sk, D)."""
+    mean_q, mean_k = block_mean(q, block_q), block_mean(k, block_k)
+    (batch, kv_heads, _, dim), nq = mean_k.shape, mean_q.shape[2]
+    grouped = mean_q.reshape(batch, kv_heads, -1, nq, dim)
+    return (grouped @ mean_k.unsqueeze(2).mT).flatten(1, 2)
+
+
+def causal_blocks(seq_q: int, nk: int, *, block_q: int, block_k: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Which of nk key blocks are not wholly in the future of a block of queries, and which hold its own tokens.
+
+    Returns visible and own, (nq, nk) bool; own blocks are visible. Token i of the queries is token i of the keys.
+    """
+    first = torch.arange(-(-seq_q // block_q), device=device).unsqueeze(-1) * block_q
+    last = (first + block_q).clamp(max=seq_q) - 1
+    block = torch.arange(nk, device=device)
+    visible = block <= last // block_k
+    return visible, visible & (block >= first // block_k)
