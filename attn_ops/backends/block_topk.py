@@ -215,8 +215,8 @@ BACKEND = BackendSpec(
     ),
     support=Support(cross=False),
     break_even=_break_even,
-    # The median at the default keep_ratio over the attention layers of examples/tiny_video is 0.07, the worst 0.17.
-    tolerance={"float32": 0.1, "bfloat16": 0.1, "float16": 0.1},
+    # The median at the defaults over the attention layers of examples/tiny_video in 12 steps; the worst is 0.22.
+    tolerance={"typical": 0.15},
     providers=(
         Provider(
             "triton",

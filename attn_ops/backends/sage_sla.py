@@ -203,8 +203,8 @@ BACKEND = BackendSpec(
     ),
     support=Support(causal=False, cross=False, grad=False),
     break_even=_break_even,
-    # Of the sparse part, over the self-attention layers of examples/tiny_video: the median; the worst is 0.42.
-    tolerance={"typical": 0.24},
+    # Of the sparse part, over the self-attention layers of examples/tiny_video: the median; the worst is 0.63.
+    tolerance={"typical": 0.35},
     providers=(
         Provider(
             "triton",

@@ -208,8 +208,8 @@ BACKEND = BackendSpec(
     ),
     support=Support(causal=False, cross=False),
     break_even=_break_even,
-    # Of the sparse part, over the self-attention layers of examples/tiny_video: the median; the worst is 0.35.
-    tolerance={"typical": 0.21},
+    # Of the sparse part, over the self-attention layers of examples/tiny_video: the median; the worst is 0.51.
+    tolerance={"typical": 0.29},
     providers=(
         Provider(
             "triton",

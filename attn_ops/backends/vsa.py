@@ -216,8 +216,8 @@ BACKEND = BackendSpec(
     ),
     support=Support(causal=False, cross=False, layout=True),
     break_even=_break_even,
-    # The median over the attention layers of examples/tiny_video at the default sparsity; the worst is 0.65.
-    tolerance={"float32": 0.31, "bfloat16": 0.31, "float16": 0.31},
+    # The median over the attention layers of examples/tiny_video at the default sparsity; the worst is 0.79.
+    tolerance={"typical": 0.32},
     providers=(
         Provider(
             "triton",
