@@ -83,7 +83,7 @@ KNOWN_BAD = (
     KnownBad(
         "sageattention",
         "sageattention 1.x attends to memory past the last key unless their number is a multiple of 64",
-        "https://pypi.org/project/sageattention/1.0.6/",
+        "https://github.com/thu-ml/SageAttention",
         _sage_1_reads_past_the_keys,
     ),
     KnownBad(
