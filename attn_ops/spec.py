@@ -7,15 +7,16 @@ backend states them once and every one of them gets the same sentence everywhere
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 
 from .call import FLOAT_DTYPES, AttentionCall, Params, ParamValue, dtype_name
 from .capability import Capability, version_numbers
 from .errors import ArgumentError, PolicyError, nearest
+from .param import Param as Param
 
 Kernel = Callable[..., Any]
 WhyNot = Callable[[AttentionCall, Capability], list[str]]
@@ -23,6 +24,13 @@ WhyNot = Callable[[AttentionCall, Capability], list[str]]
 
 def no_reasons(_call: AttentionCall, _capability: Capability) -> list[str]:
     """The `why_not` of something that has no requirement beyond its `Support`."""
+    return []
+
+
+def without_fp8(call: AttentionCall, capability: Capability) -> list[str]:
+    """The `why_not` of a GPU kernel whose `pv="fp8"` needs FP8 tensor cores."""
+    if call.param("pv") == "fp8" and capability.sm is not None and not capability.fp8:
+        return [f'pv="fp8" needs sm89 or newer, this is {capability}']
     return []
 
 
@@ -125,74 +133,6 @@ def later(module: str, name: str) -> Callable[[], Kernel]:
         return kernel
 
     return load
-
-
-@dataclass(frozen=True)
-class Param:
-    """One typed parameter of a backend, with its range. Its name and default are those of the op's schema.
-
-    Args:
-        name: its name.
-        default: its default; a tuple of int means a list of that many, nested lists being flattened.
-        doc: one sentence.
-        low: least value, of every entry in a list.
-        high: largest value, likewise.
-        choices: the values it may have; empty means any.
-        kind: its type where the default is None.
-        repeats: a list may be given once for all heads, or once per head.
-    """
-
-    name: str
-    default: ParamValue
-    doc: str
-    low: float | None = None
-    high: float | None = None
-    choices: tuple[ParamValue, ...] = ()
-    kind: type | None = None
-    repeats: bool = False
-
-    def check(self, value: object, where: str) -> ParamValue:
-        """The value, converted to the parameter's type.
-
-        Raises:
-            PolicyError: if it has another type or is out of range; the message says where.
-        """
-        checked = self._list(value, where) if isinstance(self.default, tuple) else self._single(value, where)
-        if self.choices and checked not in self.choices:
-            raise PolicyError(f"{where}: {self.name} must be one of {self.choices}, got {value!r}.")
-        for number in checked if isinstance(checked, tuple) else (checked,):
-            below = self.low is not None and isinstance(number, int | float) and number < self.low
-            above = self.high is not None and isinstance(number, int | float) and number > self.high
-            if below or above:
-                limits = f"in [{self.low}, {self.high}]"
-                raise PolicyError(f"{where}: {self.name} must be {limits}, got {value!r}. {self.doc}")
-        return checked
-
-    def _single(self, value: object, where: str) -> ParamValue:
-        expected = self.kind or type(self.default)
-        if expected is float and type(value) is int:
-            value = float(value)
-        if type(value) is not expected:
-            raise PolicyError(f"{where}: {self.name} must be {expected.__name__}, got {value!r}. {self.doc}")
-        return cast(ParamValue, value)
-
-    def _list(self, value: object, where: str) -> tuple[int, ...]:
-        entries = tuple(_flattened(value))
-        wanted = len(self.default) if isinstance(self.default, tuple) else 0
-        fits = entries and (len(entries) % wanted == 0 if self.repeats else len(entries) == wanted)
-        if not fits or not all(type(entry) is int for entry in entries):
-            more = f"{wanted} int, or {wanted} for every head" if self.repeats else f"{wanted} int"
-            raise PolicyError(f"{where}: {self.name} must be a list of {more}, got {value!r}. {self.doc}")
-        return entries
-
-
-def _flattened(value: object) -> Iterator[Any]:
-    """The entries of nested lists, in order; what is no list is one entry."""
-    if isinstance(value, list | tuple):
-        for entry in value:
-            yield from _flattened(entry)
-    else:
-        yield value
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from ..errors import ArgumentError
 from ..numerics.quantize import GRANULARITIES, LARGEST
 from ..op import define_op
 from ..resolve import AUTO, forward_kernel
-from ..spec import TRITON_FORWARD, BackendSpec, Param, Provider, Support, later
+from ..spec import TRITON_FORWARD, BackendSpec, Param, Provider, Support, later, without_fp8
 from ..vendors import sageattention
 
 NAME, OP = "sage", "sage_attention"
@@ -141,9 +141,7 @@ def _forward(
 
 
 def _why_not_triton(call: AttentionCall, capability: Capability) -> list[str]:
-    reasons = []
-    if call.param("pv") == "fp8" and capability.sm is not None and not capability.fp8:
-        reasons.append(f'pv="fp8" needs sm89 or newer, this is {capability}')
+    reasons = without_fp8(call, capability)
     if call.param("asymmetric"):
         reasons.append("asymmetric=True: it adds no offsets to its scores; smooth_k and smooth_q centre k and q too")
     return reasons

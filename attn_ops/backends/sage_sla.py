@@ -18,7 +18,7 @@ from ..checks import check_choice, default_scale
 from ..numerics.linear_attention import FEATURE_MAPS
 from ..op import define_op
 from ..resolve import AUTO, forward_kernel
-from ..spec import TRITON_FORWARD, BackendSpec, Kernel, Param, Provider, Support, later
+from ..spec import TRITON_FORWARD, BackendSpec, Kernel, Param, Provider, Support, later, without_fp8
 from ..vendors import spas_sage_attn
 
 NAME, OP = "sage_sla", "sage_sparse_linear_attention"
@@ -161,12 +161,6 @@ def _on_map() -> Kernel:
     return kernel
 
 
-def _why_not_triton(call: AttentionCall, capability: Capability) -> list[str]:
-    if call.param("pv") == "fp8" and capability.sm is not None and not capability.fp8:
-        return [f'pv="fp8" needs sm89 or newer, this is {capability}']
-    return []
-
-
 def _break_even(call: AttentionCall, capability: Capability) -> str | None:
     if capability.device == "cpu" and call.seq_k < _LEAST_SEQ:
         return f"{call.seq_k} tokens: on CPU choosing and rounding blocks pays from {_LEAST_SEQ} tokens (measured)"
@@ -211,7 +205,7 @@ BACKEND = BackendSpec(
             "linear branch in PyTorch, selection and attention in Triton kernels for sm_80 and newer",
             load=_on_lists("kernels.triton.sparge"),
             support=TRITON_FORWARD,
-            why_not=_why_not_triton,
+            why_not=without_fp8,
         ),
         replace(spas_sage_attn.PROVIDER, load=_on_map),
         Provider(

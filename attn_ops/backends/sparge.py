@@ -22,7 +22,7 @@ from ..capability import Capability
 from ..layout import empty_result
 from ..op import define_op
 from ..resolve import AUTO, forward_kernel
-from ..spec import TRITON_FORWARD, BackendSpec, Kernel, Param, Provider, Support, later
+from ..spec import TRITON_FORWARD, BackendSpec, Kernel, Param, Provider, Support, later, without_fp8
 from ..vendors import spas_sage_attn
 
 NAME, OP = "sparge", ATTENTION
@@ -154,9 +154,7 @@ def _on_map() -> Kernel:
 
 
 def _why_not_triton(call: AttentionCall, capability: Capability) -> list[str]:
-    reasons = []
-    if call.param("pv") == "fp8" and capability.sm is not None and not capability.fp8:
-        reasons.append(f'pv="fp8" needs sm89 or newer, this is {capability}')
+    reasons = without_fp8(call, capability)
     blocks, largest = (call.param("block_q"), call.param("block_k")), 64 if capability.sm in (100, 103) else 128
     if call.param("pv_threshold") is not None and (call.head_dim > largest or blocks not in _WHOLE_TILES):
         reasons.append(
