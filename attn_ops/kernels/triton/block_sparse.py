@@ -64,7 +64,7 @@ def attention(
         tiles_q = triton.cdiv(seq_q, block_q) * triton.cdiv(block_q, tile.rows)
         _forward[(tiles_q * heads * batch,)](
             *(q, q.stride()[:3], k, k.stride()[:3], v, v.stride()[:3], out, out.stride()[:3], lse),
-            *(block_index, *_broadcast_strides(block_index), block_count, *_broadcast_strides(block_count), key_sizes),
+            *(block_index, *broadcast_strides(block_index), block_count, *broadcast_strides(block_count), key_sizes),
             *(max(scale, _LEAST_SCALE) * LOG2_E, tiles_q, heads, heads // k.shape[1], seq_q, seq_k),
             CAUSAL=causal,
             SHORT_TAIL=seq_k % block_k != 0,
@@ -80,7 +80,7 @@ def attention(
     return out, lse
 
 
-def _broadcast_strides(tensor: Tensor) -> tuple[int, int, int]:
+def broadcast_strides(tensor: Tensor) -> tuple[int, int, int]:
     """Strides of (batch, head, query block), 0 where one entry serves them all."""
     batch, head, row = tensor.stride()[:3]
     return (0 if tensor.shape[0] == 1 else batch), (0 if tensor.shape[1] == 1 else head), row
@@ -152,9 +152,9 @@ def _forward(
     count = tl.load(Count + batch * count_batch + head * count_head + block * count_row)
     whole, seen = count, count
     if CAUSAL:
-        whole, seen = _split(Index, count, tl.minimum(first_row + 1, seq_k), first_row + ROWS, BLOCK_K)
+        whole, seen = split_list(Index, count, tl.minimum(first_row + 1, seq_k), first_row + ROWS, BLOCK_K)
     elif SHORT_TAIL:
-        whole, seen = _split(Index, count, seq_k, seq_k, BLOCK_K)
+        whole, seen = split_list(Index, count, seq_k, seq_k, BLOCK_K)
 
     state = start(ROWS, DIM)
     factors = tl.zeros([ROWS], tl.float32) + factor
@@ -173,7 +173,7 @@ def _forward(
 
 
 @triton.jit
-def _split(Index, count, whole_end, seen_end, BLOCK_K: tl.constexpr):
+def split_list(Index, count, whole_end, seen_end, BLOCK_K: tl.constexpr):
     """How many listed blocks end by token whole_end, and how many begin before token seen_end."""
     whole = 0
     seen = 0

@@ -14,7 +14,7 @@ from torch import Tensor
 from ...errors import UnsupportedError
 from ...layout import empty_result
 from ...numerics.block_rounding import round_qk, round_v_fp8
-from .block_sparse import _broadcast_strides, _split
+from .block_sparse import broadcast_strides, split_list
 from .device import LN_2, LOG2_E, finish, load, start, weigh
 from .tiles import on_device, padded_head_dim, sparge_tile, target_arch
 
@@ -88,7 +88,7 @@ def attention(
         _forward[(tiles_q * heads * batch,)](
             *(qk.q, qk.q.stride()[:3], qk.q_scale, qk.k, qk.k.stride()[:3], qk.k_scale, v, v.stride(), v_scale),
             *(q, q.stride()[:3], qk.k_mean, out, out.stride()[:3], lse),
-            *(block_index, *_broadcast_strides(block_index), block_count, *_broadcast_strides(block_count)),
+            *(block_index, *broadcast_strides(block_index), block_count, *broadcast_strides(block_count)),
             *(pv_threshold, 0 if pv_threshold is None or pv_threshold.dim() == 0 else pv_threshold.stride(0)),
             *(scale * LOG2_E, tiles_q, heads, heads // k.shape[1], seq_q, seq_k),
             CAUSAL=causal,
@@ -201,9 +201,9 @@ def _forward(
     count = tl.load(Count + batch * count_batch + head * count_head + block * count_row)
     whole, seen = count, count
     if CAUSAL:
-        whole, seen = _split(Index, count, tl.minimum(first_row + 1, seq_k), first_row + ROWS, BLOCK_K)
+        whole, seen = split_list(Index, count, tl.minimum(first_row + 1, seq_k), first_row + ROWS, BLOCK_K)
     elif SHORT_TAIL:
-        whole, seen = _split(Index, count, seq_k, seq_k, BLOCK_K)
+        whole, seen = split_list(Index, count, seq_k, seq_k, BLOCK_K)
 
     keys = (K8, k8_strides[2], KScale + kv_plane * seq_k, V, v_strides[2], v_strides[3], seq_k)
     queries = (q, factor, row)
