@@ -16,9 +16,11 @@ from sparseattn.attn_ops import ops
 from sparseattn.attn_ops.blocks.block_index import BlockIndex
 from sparseattn.attn_ops.capability import Capability
 from sparseattn.attn_ops.registry import backends, register
+from sparseattn.attn_ops.schedule import Schedule
 from sparseattn.attn_ops.video_layout import VideoLayout
 from sparseattn.lowering.policy import Policy, Rule
 from sparseattn.lowering.precedence import use_policy
+from sparseattn.lowering.steps import step_callback, steps
 
 if TYPE_CHECKING:
     from sparseattn.fx_passes.explain import explain
@@ -33,6 +35,7 @@ __all__ = [
     "Policy",
     "Report",
     "Rule",
+    "Schedule",
     "VideoLayout",
     "backends",
     "explain",
@@ -40,6 +43,8 @@ __all__ = [
     "nn",
     "ops",
     "register",
+    "step_callback",
+    "steps",
     "use_policy",
 ]
 

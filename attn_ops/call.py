@@ -10,9 +10,10 @@ from typing import Literal
 
 import torch
 
+from .schedule import Schedule
 from .video_layout import VideoLayout
 
-ParamValue = bool | int | float | str | tuple[int, ...] | None
+ParamValue = bool | int | float | str | tuple[int, ...] | tuple[float, ...] | Schedule | None
 Params = tuple[tuple[str, ParamValue], ...]
 Kind = Literal["self", "cross"]
 MaskKind = Literal["none", "bool", "float"]

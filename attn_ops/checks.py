@@ -47,6 +47,18 @@ def check_integers(op: str, argument: str, tensor: Tensor, device: torch.device)
         raise ArgumentError(op, argument, f"be on q's device {device}", tensor.device)
 
 
+def check_per_head(op: str, argument: str, tensor: Tensor, q: Tensor) -> None:
+    """Raises ArgumentError unless `tensor` is fp32 of shape () or (Hq,) on the device of q: (B, Hq, Sq, D)."""
+    if tensor.dtype is not torch.float32:
+        raise ArgumentError(op, argument, "be float32, whatever q is", dtype_name(tensor.dtype))
+    if tensor.shape not in ((), (q.shape[1],)):
+        raise ArgumentError(op, argument, f"have shape () or ({q.shape[1]},), one per head of q", tuple(tensor.shape))
+    if tensor.device != q.device:
+        raise ArgumentError(op, argument, f"be on q's device {q.device}", tensor.device)
+    if tensor.requires_grad and torch.is_grad_enabled():
+        raise ArgumentError(op, argument, "not require a gradient, it has none", "one that does", "Pass its .detach().")
+
+
 def default_scale(scale: float | None, head_dim: int) -> float:
     """`scale`, or head_dim ** -0.5 if it is None."""
     return head_dim**-0.5 if scale is None else scale

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, TypeGuard, cast
 
 from .call import ParamValue
 from .errors import PolicyError
+from .schedule import Schedule
 
 
 @dataclass(frozen=True)
@@ -23,6 +25,8 @@ class Param:
         choices: the values it may have; empty means any.
         kind: its type where the default is None.
         repeats: a list may be given once for all heads, or once per head.
+        tensor: name of the op's argument that takes it as a tensor, () or (Hq,), in its place; "" if there is none.
+            With one, it may be a list with a number for each head, or a Schedule over steps.
     """
 
     name: str
@@ -33,6 +37,7 @@ class Param:
     choices: tuple[ParamValue, ...] = ()
     kind: type | None = None
     repeats: bool = False
+    tensor: str = ""
 
     def check(self, value: object, where: str) -> ParamValue:
         """The value, converted to the parameter's type.
@@ -40,16 +45,37 @@ class Param:
         Raises:
             PolicyError: if it has another type or is out of range; the message says where.
         """
-        checked = self._list(value, where) if isinstance(self.default, tuple) else self._single(value, where)
+        checked = self._normal(value, where)
         if self.choices and checked not in self.choices:
             raise PolicyError(f"{where}: {self.name} must be one of {self.choices}, got {value!r}.")
-        for number in checked if isinstance(checked, tuple) else (checked,):
+        for number in numbers(checked):
             below = self.low is not None and isinstance(number, int | float) and number < self.low
             above = self.high is not None and isinstance(number, int | float) and number > self.high
             if below or above:
                 limits = f"in [{self.low}, {self.high}]"
                 raise PolicyError(f"{where}: {self.name} must be {limits}, got {value!r}. {self.doc}")
         return checked
+
+    def _normal(self, value: object, where: str) -> ParamValue:
+        if isinstance(self.default, tuple):
+            return self._list(value, where)
+        if isinstance(value, Schedule | Mapping | list | tuple):
+            return self._varying(value, where)
+        return self._single(value, where)
+
+    def _varying(self, value: Schedule | Mapping[str, object] | list[Any] | tuple[Any, ...], where: str) -> ParamValue:
+        """A Schedule, or a number for each head."""
+        if not self.tensor:
+            wanted = (self.kind or type(self.default)).__name__
+            raise PolicyError(f"{where}: {self.name} must be one {wanted} for all heads and steps, got {value!r}.")
+        if isinstance(value, list | tuple):
+            if value and all(type(entry) in (int, float) and math.isfinite(entry) for entry in value):
+                return tuple(map(float, value))
+            raise PolicyError(f"{where}: {self.name} must be a list of numbers, one for each head, got {value!r}.")
+        try:
+            return value if isinstance(value, Schedule) else Schedule.parse(value)
+        except PolicyError as error:
+            raise PolicyError(f"{where}: {self.name}: {error}") from None
 
     def _single(self, value: object, where: str) -> ParamValue:
         expected = self.kind or type(self.default)
@@ -67,6 +93,16 @@ class Param:
             more = f"{wanted} int, or {wanted} for every head" if self.repeats else f"{wanted} int"
             raise PolicyError(f"{where}: {self.name} must be a list of {more}, got {value!r}. {self.doc}")
         return entries
+
+
+def varies(value: object) -> TypeGuard[Schedule | tuple[float, ...]]:
+    """Whether a checked value follows the steps or differs by head; a list of sizes is of int."""
+    return isinstance(value, Schedule) or (isinstance(value, tuple) and isinstance(value[0], float))
+
+
+def numbers(value: ParamValue) -> tuple[Any, ...]:
+    """The numbers of a value: itself, those of all heads, or those between which a schedule stays."""
+    return tuple(_flattened(value.extremes if isinstance(value, Schedule) else value))
 
 
 def _flattened(value: object) -> Iterator[Any]:

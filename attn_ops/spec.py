@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, cast
 
 import torch
 
@@ -17,6 +17,7 @@ from .call import FLOAT_DTYPES, AttentionCall, Params, ParamValue, dtype_name
 from .capability import Capability, version_numbers
 from .errors import ArgumentError, PolicyError, nearest
 from .param import Param as Param
+from .schedule import Schedule
 
 Kernel = Callable[..., Any]
 WhyNot = Callable[[AttentionCall, Capability], list[str]]
@@ -203,7 +204,17 @@ class BackendSpec:
 
     def reasons(self, call: AttentionCall, capability: Capability) -> list[str]:
         """Why this backend cannot serve the call, whoever computes it; empty if it can."""
-        return [*self.support.why_not(call, capability), *self.why_not(call, capability)]
+        return [*self.support.why_not(call, capability), *self._per_head(call), *self.why_not(call, capability)]
+
+    def _per_head(self, call: AttentionCall) -> list[str]:
+        varying = {param.name for param in self.params if param.tensor}
+        return [
+            f"{name} has {len(value)} values, one for each head, and there are {call.heads} heads"
+            for name, given in call.params
+            if name in varying
+            for value in (given.extremes if isinstance(given, Schedule) else (given,))
+            if isinstance(value, tuple) and len(value) != call.heads
+        ]
 
     @property
     def param_names(self) -> set[str]:
@@ -219,8 +230,8 @@ class BackendSpec:
             other = _COMPLEMENT.get(name)
             if name in known:
                 values[name] = value
-            elif other in known and isinstance(value, int | float):
-                values[other] = round(1 - value, 12)  # 1 - 0.9 is not 0.1 in binary, and a block would be lost
+            elif other in known:
+                values[other] = _one_minus(value)
         return tuple(sorted(values.items()))
 
     def complete(self, given: Params) -> Params:
@@ -246,10 +257,24 @@ class BackendSpec:
         Raises:
             PolicyError: on an unknown name, a wrong type or a value out of range.
         """
-        known = {param.name: param for param in self.params}
-        for name in self.param_names - set(known):
-            known[name] = Param(name, 0.0, f"1 - {_COMPLEMENT[name]}.", low=0.0, high=1.0)
         for name in params:
-            if name not in known:
-                raise PolicyError(f"{where}: {self.name} has no parameter {name!r}. {nearest(name, known)}")
-        return {name: known[name].check(value, where) for name, value in params.items()}
+            if name not in self.param_names:
+                raise PolicyError(f"{where}: {self.name} has no parameter {name!r}. {nearest(name, self.param_names)}")
+        return {name: self._param(name).check(value, where) for name, value in params.items()}
+
+    def _param(self, name: str) -> Param:
+        """The parameter of that name; of keep_ratio and sparsity, one made of the other."""
+        known = {param.name: param for param in self.params}
+        return known.get(name) or replace(known[_COMPLEMENT[name]], name=name, doc=f"1 - {_COMPLEMENT[name]}.")
+
+
+def _one_minus(value: ParamValue) -> ParamValue:
+    if isinstance(value, Schedule):
+        return value.map(_one_minus_number)
+    if isinstance(value, tuple):
+        return tuple(map(_one_minus_number, value))
+    return _one_minus_number(cast(float, value))
+
+
+def _one_minus_number(value: float) -> float:
+    return round(1 - value, 12)  # 1 - 0.9 is not 0.1 in binary, and a block would be lost

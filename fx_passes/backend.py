@@ -17,6 +17,7 @@ from .cache import compile_with_inductor, guard_on_policy_state
 from .options import INDUCTOR, Options
 from .publish import publish
 from .rewrite import rewrite_graph
+from .step_values import StepValues, with_room
 
 
 def sparseattn_backend(
@@ -40,11 +41,14 @@ def sparseattn_backend(
         RequirementError: if a rule with mode="require" matches a site that its backend cannot serve.
     """
     asked = Options.parse(mode, options)
-    guard_on_policy_state()
     policy = effective_policy(asked.policy)
+    guard_on_policy_state(policy)
+    if policy is not None and policy.varies:
+        gm = with_room(gm)
+    values = StepValues(gm)
     if policy is not None:
-        publish(rewrite_graph(gm, policy, asked.capability, hoist=asked.hoist_tiling))
+        publish(rewrite_graph(gm, policy, asked.capability, hoist=asked.hoist_tiling, values=values))
+    inputs = [*example_inputs, *values.examples()]
     if asked.inner_backend == INDUCTOR:
-        return compile_with_inductor(gm, example_inputs, asked.inductor)
-    inner: Callable[..., Any] = torch._dynamo.lookup_backend(asked.inner_backend)(gm, list(example_inputs))
-    return inner
+        return values.feed(compile_with_inductor(gm, inputs, asked.inductor))
+    return values.feed(torch._dynamo.lookup_backend(asked.inner_backend)(gm, inputs))

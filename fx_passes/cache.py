@@ -10,14 +10,16 @@ from __future__ import annotations
 import functools
 import hashlib
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import fx
 
+from ..lowering.policy import Policy
 from ..lowering.precedence import policy_state
+from ..lowering.steps import current_step
 
 _log = logging.getLogger(__name__)
 _SOURCES = (".py", ".cpp", ".h")
@@ -53,22 +55,29 @@ def compile_with_inductor(
     return cast(Callable[..., Any], compiled)
 
 
-def guard_on_policy_state() -> None:
-    """Have Dynamo recompile the frame being compiled when `use_policy` or the environment changes the policy."""
+def guard_on_policy_state(policy: Policy | None) -> None:
+    """Have Dynamo recompile the frame being compiled where its decisions may be others.
+
+    That is when `use_policy` or the environment changes the policy, and at steps that other rules of `policy` cover.
+    """
     if torch._guards.TracingContext.try_get() is None:
         return
     from torch._dynamo.guards import install_guard
     from torch._dynamo.source import GlobalStateSource
 
     try:
-        install_guard(GlobalStateSource().make_guard(functools.partial(_build_guard, policy_state())))
+        install_guard(GlobalStateSource().make_guard(functools.partial(_build_guard, _state(policy), policy)))
     except (AttributeError, TypeError):
         _warn_once()
 
 
-def _build_guard(compiled_under: object, builder: Any, _guard: Any) -> None:
+def _state(policy: Policy | None) -> Hashable:
+    return policy_state(), policy and policy.in_force(current_step())
+
+
+def _build_guard(compiled_under: object, policy: Policy | None, builder: Any, _guard: Any) -> None:
     def unchanged(_scope: object) -> bool:
-        return policy_state() == compiled_under
+        return _state(policy) == compiled_under
 
     root = builder.guard_manager.root
     try:

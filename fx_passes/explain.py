@@ -20,6 +20,7 @@ from ..lowering.precedence import effective_policy
 from .normalize.graph import value_of
 from .report import Report
 from .rewrite import rewrite_graph
+from .step_values import StepValues, with_room
 
 
 def explain(
@@ -54,7 +55,8 @@ def explain(
     def decide_only(gm: fx.GraphModule, _inputs: Sequence[Any]) -> Callable[..., Any]:
         shapes = [value_of(node) for node in gm.graph.find_nodes(op="output")[0].args[0]]
         if chosen is not None:
-            reports.append(rewrite_graph(gm, chosen, machine))
+            gm = with_room(gm) if chosen.varies else gm
+            reports.append(rewrite_graph(gm, chosen, machine, values=StepValues(gm)))
         return lambda *_: [_zeros(value) for value in shapes]
 
     try:

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from ..attn_ops.call import AttentionCall, dtype_name
+from ..attn_ops.schedule import Schedule
 from ..lowering.decision import Decision
 from .hoist_tiling import Hoisted
 from .table import aligned
@@ -57,18 +58,15 @@ class Row:
     def to_dict(self) -> dict[str, Any]:
         """The row as plain values."""
         call = {**asdict(self.call), "dtype": dtype_name(self.call.dtype), "dynamic": list(self.call.dynamic)}
-        return {
-            "module": self.module,
-            "source": self.source,
-            "call": call,
-            "decision": {**asdict(self.decision), "params": dict(self.decision.params)},
-        }
+        params = {name: v.to_dict() if isinstance(v, Schedule) else v for name, v in self.decision.params}
+        decision = {**asdict(self.decision), "params": params}
+        return {"module": self.module, "source": self.source, "call": call, "decision": decision}
 
 
 def _brief(value: object) -> str:
-    """A list as 3x3x3, the first entries of a long one."""
+    """A list as 3x3x3, the first entries of a long one; what has blanks in brackets."""
     if not isinstance(value, tuple):
-        return str(value)
+        return f"({value})" if isinstance(value, Schedule) else str(value)
     return "x".join(map(str, value[:_LISTED])) + ("..." if len(value) > _LISTED else "")
 
 

@@ -12,6 +12,7 @@ from ..attn_ops.capability import Capability
 from ..attn_ops.errors import RequirementError
 from ..attn_ops.registry import backends
 from ..attn_ops.spec import BackendSpec, Provider
+from ..attn_ops.step_range import Step
 from .decision import Decision, Rejection
 from .policy import Policy
 from .rule import Rule
@@ -52,6 +53,7 @@ class _Search:
     call: AttentionCall
     capability: Capability
     module: str
+    step: Step | None
     forbidden: dict[tuple[str, str | None], str] = field(default_factory=dict)
     passed: dict[str, str] = field(default_factory=dict)
     by_length: bool = False
@@ -59,7 +61,7 @@ class _Search:
     def matches(self, number: int, rule: Rule) -> bool:
         """Whether the rule decides the site; else remember what it means for the rules below."""
         self.by_length |= rule.depends_on_length
-        mismatch = rule.mismatch(self.call, self.module)
+        mismatch = rule.mismatch(self.call, self.module, self.step)
         if mismatch is None and rule.mode != "never":
             return True
         for name in rule.use:
@@ -122,7 +124,9 @@ class _Search:
         return f"; decided at the present value of {' and '.join(lengths)}" if lengths and self.by_length else ""
 
 
-def decide(call: AttentionCall, capability: Capability, policy: Policy, *, module: str = "") -> Decision:
+def decide(
+    call: AttentionCall, capability: Capability, policy: Policy, *, module: str = "", step: Step | None = None
+) -> Decision:
     """Choose for one site.
 
     Args:
@@ -130,6 +134,7 @@ def decide(call: AttentionCall, capability: Capability, policy: Policy, *, modul
         capability: what the machine offers.
         policy: what the user wants.
         module: path of the module that asks, such as "blocks.0.attn1"; "" if unknown.
+        step: where the loop around the model is, or None if that is not set.
 
     Returns:
         The choice, with the reasons of every other selectable backend.
@@ -138,7 +143,7 @@ def decide(call: AttentionCall, capability: Capability, policy: Policy, *, modul
         RequirementError: if the deciding rule has mode "require" and nothing it names can serve the call; the message
             lists every reason.
     """
-    search = _Search(call, capability, module)
+    search = _Search(call, capability, module, step)
     for number, rule in enumerate(policy.rules, 1):
         if search.matches(number, rule):
             return _by_rule(search, number, rule)

@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from ..attn_ops.errors import PolicyError
+from ..attn_ops.param import varies
+from ..attn_ops.step_range import Step
 from .policy_file import SUFFIXES, parse_table, read_table, to_json, to_toml, write_table
 from .rule import Mode, Rule
 from .rule_fields import as_text, wrong
@@ -110,6 +112,19 @@ class Policy:
             PolicyError: if the path has another suffix.
         """
         write_table(self.to_dict(), Path(path))
+
+    @property
+    def varies(self) -> bool:
+        """Whether a parameter follows the steps or differs by head, so that a call must bring its value."""
+        return any(varies(value) for rule in self.rules for _, value in rule.params)
+
+    def in_force(self, step: Step | None) -> tuple[bool, ...]:
+        """Which of the rules that name steps cover this one. Steps of the same answer have the same decisions.
+
+        Raises:
+            PolicyError: if a rule counts from the end, or in fractions, and the number of steps is not set.
+        """
+        return tuple(rule.covers(step) for rule in self.rules if rule.steps is not None)
 
     @property
     def hash(self) -> str:

@@ -13,11 +13,16 @@ from typing import Any, Literal, cast
 import torch
 
 from ..attn_ops.call import AttentionCall, Kind, Params, ParamValue, dtype_name
+from ..attn_ops.schedule import Schedule
+from ..attn_ops.step_range import Step, StepRange
 from ..attn_ops.video_layout import VideoLayout
 from .rule_checks import DENSE, check_rule, specs_of
 from .rule_fields import as_choice, as_dtypes, as_flag, as_integer, as_names, as_params, as_sizes, as_text
 
 Mode = Literal["prefer", "require", "never"]
+
+_LISTS = ("use", "modules", "head_dim", "dtype")
+"""Fields that a user may write as one value or a list."""
 
 
 @dataclass(frozen=True, init=False, slots=True)
@@ -33,7 +38,8 @@ class Rule:
         max_seq: largest length, in tokens, of the same; None is no limit.
         head_dim: head dimensions that match; None matches all.
         dtype: dtypes that match, as names or torch.dtype; None matches all.
-        steps: not available yet; anything but None is refused.
+        steps: range of the steps that match, of the loop around the model: "10:", "3:-3", "0.2:0.8" (fractions), "-1".
+            `sparseattn.steps` says which step it is; where no step is set, the rule does not match. None matches all.
         mode: "prefer" takes the first backend of `use` that can serve the site, else leaves it dense and says why.
             "require" takes the first that can, else raises RequirementError when the model is compiled.
             "never" forbids the backends (with `provider`, only that provider of them) to the rules below it, for the
@@ -41,7 +47,8 @@ class Rule:
         provider: the provider that must compute it; None takes the first that can. "reference" is only taken if named.
         only_if_faster: skip a backend where it says that it would not pay (shape or machine below its break-even).
         params: parameters of the backends; each backend takes those that it has. keep_ratio and sparsity are each
-            1 minus the other, and a backend that has one takes either.
+            1 minus the other, and a backend that has one takes either. A ratio or threshold may be a list with a number
+            for each head, or a Schedule (or its table) that follows the steps.
         layout: VideoLayout of the sites, as one, a table or (T, H, W); None takes what the graph shows, if anything.
         why: a reason for the reader of the file and of the report.
 
@@ -78,7 +85,7 @@ class Rule:
         mode: Mode = "prefer",
         provider: str | None = None,
         only_if_faster: bool = False,
-        params: Mapping[str, ParamValue] | Params = (),
+        params: Mapping[str, ParamValue | Sequence[float] | Mapping[str, object]] | Params = (),
         layout: VideoLayout | Mapping[str, object] | Sequence[int] | None = None,
         why: str = "",
     ) -> None:
@@ -91,7 +98,7 @@ class Rule:
             "max_seq": None if max_seq is None else as_integer("max_seq", max_seq, 1),
             "head_dim": as_sizes("head_dim", head_dim),
             "dtype": as_dtypes("dtype", dtype),
-            "steps": steps,
+            "steps": None if steps is None else str(StepRange.parse(steps)),
             "mode": as_choice("mode", mode, ("prefer", "require", "never")),
             "provider": None if provider is None else as_text("provider", provider),
             "only_if_faster": as_flag("only_if_faster", only_if_faster),
@@ -103,8 +110,8 @@ class Rule:
             object.__setattr__(self, name, value)
         check_rule(self)
 
-    def mismatch(self, call: AttentionCall, module: str) -> str | None:
-        """Why the rule does not speak about this site, or None if it does."""
+    def mismatch(self, call: AttentionCall, module: str, step: Step | None = None) -> str | None:
+        """Why the rule does not speak about this site at this step, or None if it does."""
         seq = min(call.seq_q, call.seq_k)
         dtype = dtype_name(call.dtype)
         checks = (
@@ -120,8 +127,17 @@ class Rule:
                 f"head_dim {call.head_dim}, not {' or '.join(map(str, self.head_dim))}",
             ),
             (bool(self.dtype) and dtype not in self.dtype, f"dtype {dtype}, not {' or '.join(self.dtype)}"),
+            (not self.covers(step), f"{step or 'no step is set (sparseattn.steps), it'} is not in steps {self.steps}"),
         )
         return next((sentence for differs, sentence in checks if differs), None)
+
+    def covers(self, step: Step | None) -> bool:
+        """Whether `steps` has the step; without a step, whether there is no condition.
+
+        Raises:
+            PolicyError: if it counts from the end, or in fractions, and the number of steps is not set.
+        """
+        return self.steps is None or (step is not None and step in StepRange.parse(self.steps))
 
     @property
     def depends_on_length(self) -> bool:
@@ -146,9 +162,11 @@ class Rule:
 
 def _plain(name: str, value: object) -> object:
     if name == "params":
-        return {key: list(item) if isinstance(item, tuple) else item for key, item in cast(Params, value)}
+        return {key: _plain(key, item) for key, item in cast(Params, value)}
+    if isinstance(value, Schedule):
+        return value.to_dict()
     if isinstance(value, VideoLayout):
         return value.to_dict()
     if isinstance(value, tuple):
-        return value[0] if len(value) == 1 else list(value)
+        return value[0] if len(value) == 1 and name in _LISTS else list(value)
     return value

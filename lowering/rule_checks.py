@@ -41,8 +41,6 @@ def specs_of(use: Iterable[str]) -> list[BackendSpec]:
 
 def check_rule(rule: Rule) -> None:
     """Raises PolicyError if the rule contradicts itself or no call could satisfy it."""
-    if rule.steps is not None:
-        raise PolicyError("steps are not available yet. Leave it out: a rule speaks about every step.")
     if rule.max_seq is not None and rule.min_seq > rule.max_seq:
         raise PolicyError(f"min_seq {rule.min_seq} is larger than max_seq {rule.max_seq}. Swap or remove one.")
     _check_dense(rule)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from ..attn_ops.call import ParamValue
 from ..attn_ops.errors import PolicyError
@@ -48,6 +49,8 @@ def vmoba_rules(
           moba_threshold_type                                  "threshold_type": ...}
         first_full_layer                                     first_full_layer; published code ignores it but for the
                                                              turn of the cycle, here these layers are dense
+        first_full_step                                      first_full_step; published code never reads it, here these
+                                                             steps are left to the rules below, or dense
 
     Args:
         layers: layers of the model.
@@ -58,23 +61,18 @@ def vmoba_rules(
         st: of the spatio-temporal layers.
         cycle: layers of each kind in one turn; at least one in all.
         first_full_layer: layers before this one stay dense.
-        first_full_step: must be 0: a rule cannot speak about steps yet.
+        first_full_step: steps before this one have no rule with chunks; `sparseattn.steps` says which step it is, and
+            where no step is set there is none either.
         module: glob on the module path of the self-attention of a layer, {} for its number.
         params: parameters for all kinds.
         mode: of the rules with chunks: "prefer" or "require".
 
     Raises:
-        PolicyError: on a wrong count, a `module` without {}, a `first_full_step` other than 0, or a parameter that a
-            rule refuses.
+        PolicyError: on a wrong count, a `module` without {}, or a parameter that a rule refuses.
 
     Paper: https://arxiv.org/abs/2506.23858
     """
-    if first_full_step != 0:
-        raise PolicyError(
-            f"vmoba_rules: first_full_step must be 0, got {first_full_step!r}. Rules speak about every step so far: "
-            'compile the model with the policy "exact" for the first steps, and with this one for the rest.'
-        )
-    _check_counts(layers, cycle, first_full_layer)
+    _check_counts(layers, cycle, first_full_layer, first_full_step)
     if "{}" not in module:
         raise PolicyError(f'vmoba_rules: module must have {{}} for the number of the layer, got "{module}".')
     kinds: list[list[str]] = [[], [], []]
@@ -85,18 +83,18 @@ def vmoba_rules(
     dense = [module.format(layer) for layer in range(min(first_full_layer, layers))]
     rules = [Rule("dense", modules=dense, kind="self", why="VMoBA: the first layers are full")] if dense else []
     names = "temporal", "spatial", "spatio-temporal"
+    steps = f"{first_full_step}:" if first_full_step else None
     for name, modules, own in zip(names, kinds, (temporal, spatial, st), strict=True):
         if modules:
-            given = {**(params or {}), **own}
-            why = f"VMoBA: {name} chunks"
-            rules.append(
-                Rule("vmoba", modules=modules, kind="self", mode=mode, params=given, layout=layout, why=why)  # type: ignore[arg-type]  # a rule checks what it gets
-            )
+            given, why = {**(params or {}), **own}, f"VMoBA: {name} chunks"
+            sites: dict[str, Any] = {"modules": modules, "kind": "self", "steps": steps}
+            rules.append(Rule("vmoba", **sites, mode=mode, params=given, layout=layout, why=why))
     return rules
 
 
-def _check_counts(layers: int, cycle: tuple[int, int, int], first_full_layer: int) -> None:
-    for name, value, least in (("layers", layers, 1), ("first_full_layer", first_full_layer, 0)):
+def _check_counts(layers: int, cycle: tuple[int, int, int], first_full_layer: int, first_full_step: int) -> None:
+    full = ("first_full_layer", first_full_layer, 0), ("first_full_step", first_full_step, 0)
+    for name, value, least in (("layers", layers, 1), *full):
         if type(value) is not int or value < least:
             raise PolicyError(f"vmoba_rules: {name} must be an int of at least {least}, got {value!r}.")
     if len(cycle) != 3 or min(cycle) < 0 or sum(cycle) == 0:

@@ -144,6 +144,11 @@ def _backward(
     scale: float | None,
     provider: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients for q, k and v from what the forward returned for the same arguments.
+
+    In half precision `out` need only be near that: a rounded one gives no exact gradient, so that providers compute
+    sum(grad_out * out) from the weights.
+    """
     kernel = backward_kernel(NAME, provider, q, k, causal=causal)
     grads: tuple[Tensor, Tensor, Tensor] = kernel(
         *(grad_out, grad_lse, out, lse, q, k, v, block_index, block_count, key_sizes),

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..blocks.pooled import choose_blocks
 from ..call import AttentionCall
 from ..capability import Capability
-from ..checks import check_qkv, default_scale
+from ..checks import check_per_head, check_qkv, default_scale
 from ..errors import ArgumentError
 from ..op import define_op
 from ..resolve import AUTO, backward_kernel, forward_kernel
@@ -21,6 +21,8 @@ from ..spec import TRITON_FORWARD, BackendSpec, Kernel, Param, Provider, Support
 
 NAME, OP = "block_topk", "block_topk_attention"
 BLOCKS = (16, 32, 64, 128)
+
+Ratio = float | Tensor
 
 # At the default keep_ratio on CPU, 4 heads of 64 or 128 channels, blocks gathered: 0.8 to 1.2 times the speed of dense
 # at 256 tokens, 1.4 to 1.8 at 512; causal 0.8 to 1.5 at 512, 1.5 to 1.9 at 1024 (measured). The native kernel pays
@@ -36,6 +38,7 @@ def block_topk_attention(
     keep_ratio: float = 0.25,
     block_q: int = 64,
     block_k: int = 64,
+    keep_ratios: Tensor | None = None,
     causal: bool = False,
     scale: float | None = None,
     provider: str = AUTO,
@@ -53,6 +56,8 @@ def block_topk_attention(
         keep_ratio: fraction of the candidate blocks to keep, 0 ... 1.
         block_q: tokens per block of queries, at least 1; the last block may be short.
         block_k: tokens per block of keys, likewise.
+        keep_ratios: () or (Hq,) fp32 on q's device, used instead of keep_ratio and rounded to six decimals: a new value
+            compiles nothing again.
         causal: query i sees keys 0 ... i, aligned top-left.
         scale: factor on the scores; None means D ** -0.5.
         provider: "triton", "cpu", "reference", or "auto" for the first of these that can serve the call.
@@ -65,13 +70,15 @@ def block_topk_attention(
         ArgumentError: on wrong shapes, dtypes or strides, or a keep_ratio outside 0 ... 1.
         UnsupportedError: if no provider can serve the call; the message lists the reasons.
 
-    Differentiable in q, k and v through out and lse, the selection held fixed; no double backward, no forward mode.
+    Differentiable in q, k and v through out and lse; the selection carries no gradient. No double backward, no forward
+    mode.
     """
     result: tuple[Tensor, Tensor] = torch.ops.sparseattn.block_topk_attention(
         *(q, k, v),
         keep_ratio=keep_ratio,
         block_q=block_q,
         block_k=block_k,
+        keep_ratios=keep_ratios,
         causal=causal,
         scale=scale,
         provider=provider,
@@ -87,6 +94,7 @@ def _check(
     keep_ratio: float = 0.25,
     block_q: int = 64,
     block_k: int = 64,
+    keep_ratios: Tensor | None = None,
     causal: bool = False,  # noqa: ARG001  (one signature for the op's kernels)
     scale: float | None = None,  # noqa: ARG001
     provider: str = AUTO,  # noqa: ARG001
@@ -97,6 +105,8 @@ def _check(
     for name, block in (("block_q", block_q), ("block_k", block_k)):
         if block < 1:
             raise ArgumentError(OP, name, "be at least 1", block)
+    if keep_ratios is not None:
+        check_per_head(OP, "keep_ratios", keep_ratios, q)
 
 
 def _forward(
@@ -107,15 +117,17 @@ def _forward(
     keep_ratio: float = 0.25,
     block_q: int = 64,
     block_k: int = 64,
+    keep_ratios: Tensor | None = None,
     causal: bool = False,
     scale: float | None = None,
     provider: str = AUTO,
 ) -> tuple[Tensor, Tensor]:
-    _check(q, k, v, keep_ratio=keep_ratio, block_q=block_q, block_k=block_k)
+    _check(q, k, v, keep_ratio=keep_ratio, block_q=block_q, block_k=block_k, keep_ratios=keep_ratios)
     scale = default_scale(scale, q.shape[-1])
     kernel = forward_kernel(NAME, provider, q, k, causal=causal)
+    ratio = keep_ratio if keep_ratios is None else keep_ratios
     result: tuple[Tensor, Tensor] = kernel(
-        q, k, v, keep_ratio=keep_ratio, block_q=block_q, block_k=block_k, causal=causal, scale=scale
+        q, k, v, keep_ratio=ratio, block_q=block_q, block_k=block_k, causal=causal, scale=scale
     )
     return result
 
@@ -131,6 +143,7 @@ def _backward(
     keep_ratio: float,
     block_q: int,
     block_k: int,
+    keep_ratios: Tensor | None,
     causal: bool,
     scale: float | None,
     provider: str,
@@ -138,7 +151,7 @@ def _backward(
     kernel = backward_kernel(NAME, provider, q, k, causal=causal)
     grads: tuple[Tensor, Tensor, Tensor] = kernel(
         *(grad_out, grad_lse, out, lse, q, k, v),
-        keep_ratio=keep_ratio,
+        keep_ratio=keep_ratio if keep_ratios is None else keep_ratios,
         block_q=block_q,
         block_k=block_k,
         causal=causal,
@@ -151,7 +164,7 @@ def _through(provider: str) -> Callable[[], Kernel]:
     """The selection above, then a provider of block_sparse_attention."""
 
     def kernel(
-        q: Tensor, k: Tensor, v: Tensor, *, keep_ratio: float, block_q: int, block_k: int, causal: bool, scale: float
+        q: Tensor, k: Tensor, v: Tensor, *, keep_ratio: Ratio, block_q: int, block_k: int, causal: bool, scale: float
     ) -> tuple[Tensor, Tensor]:
         lists = choose_blocks(q, k, keep_ratio=keep_ratio, block_q=block_q, block_k=block_k, causal=causal)
         result: tuple[Tensor, Tensor] = torch.ops.sparseattn.block_sparse_attention(
@@ -172,7 +185,7 @@ def _backward_through(provider: str) -> Callable[[], Kernel]:
         k: Tensor,
         v: Tensor,
         *,
-        keep_ratio: float,
+        keep_ratio: Ratio,
         block_q: int,
         block_k: int,
         causal: bool,
@@ -196,8 +209,8 @@ def _break_even(call: AttentionCall, capability: Capability) -> str | None:
 
 define_op(
     OP,
-    "*, float keep_ratio=0.25, int block_q=64, int block_k=64, bool causal=False, float? scale=None, "
-    "str provider='auto'",
+    "*, float keep_ratio=0.25, int block_q=64, int block_k=64, Tensor? keep_ratios=None, bool causal=False, "
+    "float? scale=None, str provider='auto'",
     forward=_forward,
     backward=_backward,
     check=_check,
@@ -209,7 +222,7 @@ BACKEND = BackendSpec(
     kind="sparse",
     summary="the key blocks with the highest mean score, chosen at every call; training-free",
     params=(
-        Param("keep_ratio", 0.25, "Fraction of the candidate key blocks to keep.", low=0.0, high=1.0),
+        Param("keep_ratio", 0.25, "Fraction of the candidate key blocks to keep.", 0.0, 1.0, tensor="keep_ratios"),
         Param("block_q", 64, "Tokens per block of queries.", choices=BLOCKS),
         Param("block_k", 64, "Tokens per block of keys.", choices=BLOCKS),
     ),

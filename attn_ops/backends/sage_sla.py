@@ -186,7 +186,7 @@ BACKEND = BackendSpec(
     summary="sla with INT8 scores, for inference; without a trained projection its sparse part alone",
     paper="https://arxiv.org/abs/2509.24006",
     params=(
-        Param("keep_ratio", 0.1, "Fraction of the key blocks to keep.", low=0.0, high=1.0),
+        Param("keep_ratio", 0.1, "Fraction of the key blocks to keep.", low=0.0, high=1.0, tensor="keep_ratios"),
         Param("variant", "all", "Tokens of the linear branch: all, or those of the blocks not kept.", choices=VARIANTS),
         Param("feature_map", "softmax", "Feature map of the linear branch.", choices=FEATURE_MAPS),
         Param("pv", "fp16", "What weights and values are rounded to; fp8 needs sm89 or newer.", choices=PV),

@@ -49,7 +49,7 @@ def sparse_linear_attention(
 
     Every block of queries attends exactly to the max(1, int(keep_ratio * n)) of n key blocks with the highest
     mean(q block) . mean(k block - mean of k), the lower number first among equals. o_l = phi(q) H / (phi(q) . z) with
-    H = sum phi(k) v.T and z = sum phi(k), in fp32. There is no gradient through the choice and no causal form.
+    H = sum phi(k) v.T and z = sum phi(k), in fp32. There is no causal form.
 
     Args:
         q: (B, Hq, S, D) fp32, fp16 or bf16; any strides with unit stride on D.
@@ -78,7 +78,8 @@ def sparse_linear_attention(
         ArgumentError: on wrong shapes, dtypes, strides or values.
         UnsupportedError: if no provider can serve the call; the message lists the reasons.
 
-    Differentiable in q, k, v, weight and bias through out and lse; no double backward, no forward mode.
+    Differentiable in q, k, v, weight and bias through out and lse; the selection carries no gradient. No double backward,
+    no forward mode.
     Paper: https://arxiv.org/abs/2509.24006.
     """
     result: tuple[Tensor, Tensor] = torch.ops.sparseattn.sparse_linear_attention(
@@ -199,7 +200,7 @@ BACKEND = BackendSpec(
     summary="few key blocks exactly, the rest by linear attention; without a trained projection the former alone",
     paper="https://arxiv.org/abs/2509.24006",
     params=(
-        Param("keep_ratio", 0.1, "Fraction of the key blocks to keep.", low=0.0, high=1.0),
+        Param("keep_ratio", 0.1, "Fraction of the key blocks to keep.", low=0.0, high=1.0, tensor="keep_ratios"),
         Param("variant", "all", "Tokens of the linear branch: all, or those of the blocks not kept.", choices=VARIANTS),
         Param("feature_map", "softmax", "Feature map of the linear branch.", choices=FEATURE_MAPS),
         Param("block_q", 64, "Tokens per block of queries.", choices=BLOCKS),

@@ -190,12 +190,23 @@ BACKEND = BackendSpec(
     summary="the best key blocks by number or by mass, with INT8 scores (SpargeAttention); training-free",
     paper="https://arxiv.org/abs/2502.18137",
     params=(
-        Param("keep_ratio", 0.5, "Fraction of the candidate key blocks to keep.", low=0.0, high=1.0),
-        Param("mass", None, "Keep the blocks that hold this share of the softmax instead.", 0.0, 1.0, kind=float),
-        Param("similarity", -1.0, "Mean cosine of a block's rows below which it is not predicted.", -1.0, 1.0),
+        Param("keep_ratio", 0.5, "Fraction of the candidate key blocks to keep.", 0.0, 1.0, tensor="keep_ratios"),
+        Param(
+            *("mass", None, "Keep the blocks that hold this share of the softmax instead.", 0.0, 1.0),
+            kind=float,
+            tensor="masses",
+        ),
+        Param(
+            *("similarity", -1.0, "Mean cosine of a block's rows below which it is not predicted.", -1.0, 1.0),
+            tensor="similarities",
+        ),
         Param("sink", False, "Always keep the first block of keys."),
         Param("smooth_k", True, "Round k without its mean over tokens."),
-        Param("pv_threshold", None, "Powers of two below which a block is skipped.", 0.0, MAX_PV_THRESHOLD, kind=float),
+        Param(
+            *("pv_threshold", None, "Powers of two below which a block is skipped.", 0.0, MAX_PV_THRESHOLD),
+            kind=float,
+            tensor="pv_thresholds",
+        ),
         Param("pv", "fp16", "What weights and values are rounded to; fp8 needs sm89 or newer.", choices=PV),
         Param("block_q", 128, "Tokens per block of queries.", choices=BLOCKS),
         Param("block_k", 64, "Tokens per block of keys.", choices=BLOCKS),

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from torch import Tensor, ops
 
@@ -175,11 +175,10 @@ def _why_not(call: AttentionCall, _capability: Capability) -> list[str]:
 
 
 def _break_even(call: AttentionCall, capability: Capability) -> str | None:
-    tile, window = call.param("tile"), call.param("window")
-    if call.layout is None or not isinstance(tile, tuple) or not isinstance(window, tuple):
+    if call.layout is None:
         return None
-    t, h, w = tile
-    tiling = fitted(Tiling(call.layout, (t, h, w)))
+    tile, window = cast(tuple[int, int, int], call.param("tile")), cast(tuple[int, ...], call.param("window"))
+    tiling = fitted(Tiling(call.layout, tile))
     work = window_density(tiling, window) * (tiling.padded_tokens / call.layout.tokens) ** 2
     most = _MOST_WORK.get(capability.device, 1.0)
     if work < most:

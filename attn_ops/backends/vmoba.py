@@ -83,7 +83,10 @@ def vmoba_attention(
         ArgumentError: on wrong shapes, dtypes or strides, or a grid, chunk or way to select that does not fit.
         UnsupportedError: if no provider can serve the call; the message lists the reasons.
 
-    Differentiable in q, k and v, the selection held fixed; no double backward, no forward mode. Paper: https://arxiv.org/abs/2506.23858
+    Differentiable in q, k and v through out and lse; the selection carries no gradient. No double backward, no forward
+    mode.
+
+    Paper: https://arxiv.org/abs/2506.23858
     """
     result: tuple[Tensor, Tensor] = ops.sparseattn.vmoba_attention(
         *(q, k, v),

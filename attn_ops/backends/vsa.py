@@ -20,6 +20,7 @@ from ..capability import Capability
 from ..checks import check_qkv, default_scale
 from ..errors import ArgumentError
 from ..op import define_op
+from ..param import numbers
 from ..resolve import AUTO, backward_kernel, forward_kernel
 from ..spec import TRITON_FORWARD, BackendSpec, Kernel, Param, Provider, Support, later
 from ..vendors import fastvideo_kernel
@@ -86,7 +87,8 @@ def video_sparse_attention(
         ArgumentError: on wrong shapes, dtypes or strides, or a grid that does not make the tokens.
         UnsupportedError: if no provider can serve the call; the message lists the reasons.
 
-    Differentiable in q, k, v and gate through out and lse, the kept tiles held fixed; only once, and in reverse mode.
+    Differentiable in q, k, v and gate through out and lse; the selection carries no gradient. No double backward, no
+    forward mode.
 
     Paper: https://arxiv.org/abs/2505.13389
     """
@@ -184,8 +186,8 @@ def _fastvideo_why_not(call: AttentionCall, capability: Capability) -> list[str]
 def _break_even(call: AttentionCall, capability: Capability) -> str | None:
     if capability.device != "cpu" or call.layout is None:
         return None
-    sparsity, tile = cast(float, call.param("sparsity")), cast(tuple[int, int, int], call.param("tile"))
-    left = (1 - sparsity) * Tiling(call.layout, tile).padded_tokens / call.layout.tokens
+    tile = cast(tuple[int, int, int], call.param("tile"))
+    left = (1 - max(numbers(call.param("sparsity")))) * Tiling(call.layout, tile).padded_tokens / call.layout.tokens
     if left <= _MOST_LEFT and call.seq_k >= _LEAST_SEQ:
         return None
     pays = f"pays from {_LEAST_SEQ} tokens with at most {_MOST_LEFT:.0%}"
@@ -211,7 +213,7 @@ BACKEND = BackendSpec(
     summary="the 3-D tiles with the highest mean score, chosen at every call; trains with a gate",
     paper="https://arxiv.org/abs/2505.13389",
     params=(
-        Param("sparsity", 0.9, "Fraction of the video tiles to leave out.", low=0.0, high=1.0),
+        Param("sparsity", 0.9, "Fraction of the video tiles to leave out.", low=0.0, high=1.0, tensor="sparsities"),
         Param("tile", TILE, "(t, h, w) of a tile, in tokens.", low=1),
     ),
     support=Support(causal=False, cross=False, layout=True),

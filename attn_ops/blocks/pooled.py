@@ -9,17 +9,19 @@ import torch
 from torch import Tensor
 
 from .by_device import block_mean, top_k_blocks
+from .topk import decimal
 
 
 def choose_blocks(
-    q: Tensor, k: Tensor, *, keep_ratio: float, block_q: int, block_k: int, causal: bool
+    q: Tensor, k: Tensor, *, keep_ratio: float | Tensor, block_q: int, block_k: int, causal: bool
 ) -> tuple[Tensor, Tensor]:
     """The key blocks of the highest mean(q block) . mean(k block), as lists.
 
     Args:
         q: (B, Hq, Sq, D).
         k: (B, Hkv, Sk, D); query head h reads head h // (Hq / Hkv).
-        keep_ratio: fraction of the candidates to keep, 0 ... 1, rounded half up, at least one block.
+        keep_ratio: fraction of the candidates to keep, 0 ... 1, rounded half up, at least one block; or a tensor of
+            it, () or (Hq,).
         block_q: tokens per block of queries.
         block_k: tokens per block of keys.
         causal: candidates are the blocks not wholly in the future; those that hold a row's own tokens are always kept.
@@ -30,8 +32,11 @@ def choose_blocks(
     """
     scores = pooled_scores(q, k, block_q=block_q, block_k=block_k)
     nk = scores.shape[-1]
+    if isinstance(keep_ratio, Tensor):
+        keep_ratio = decimal(keep_ratio).reshape(-1, 1)
     if not causal:
-        return top_k_blocks(scores, max(1, int(keep_ratio * nk + 0.5)))
+        whole = keep_ratio * nk + 0.5
+        return top_k_blocks(scores, whole.long() if isinstance(whole, Tensor) else max(1, int(whole)))
     visible, own = causal_blocks(q.shape[2], nk, block_q=block_q, block_k=block_k, device=q.device)
     keep = (keep_ratio * visible.sum(dim=-1).double() + 0.5).floor().long().clamp(min=1)
     return top_k_blocks(scores.masked_fill(own, torch.inf), torch.maximum(keep, own.sum(dim=-1)), visible)

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from ..call import FLOAT_DTYPES, dtype_name
-from ..checks import check_choice, check_qkv
+from ..checks import check_choice, check_per_head, check_qkv
 from ..errors import ArgumentError
 from ..numerics.linear_attention import FEATURE_MAPS
 from .block_index import mask_of
 from .by_device import block_mean, top_k_blocks
+from .topk import decimal
 
 VARIANTS = ("all", "complement")
 
@@ -57,9 +58,10 @@ class SlaMethod:
         if bias is not None and weight is None:
             raise ArgumentError(op, "bias", "come with a weight", "no weight")
         dim = q.shape[3]
-        _check_tensor(op, "weight", weight, q, ((dim, dim),), FLOAT_DTYPES)
-        _check_tensor(op, "bias", bias, q, ((dim,),), FLOAT_DTYPES)
-        _check_tensor(op, "keep_ratios", self.keep_ratios, q, ((), (q.shape[1],)), (torch.float32,))
+        _check_tensor(op, "weight", weight, q, (dim, dim))
+        _check_tensor(op, "bias", bias, q, (dim,))
+        if self.keep_ratios is not None:
+            check_per_head(op, "keep_ratios", self.keep_ratios, q)
 
     def critical_blocks(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         """The key blocks of the highest mean(q block) . mean(k block - mean of k), as lists.
@@ -87,26 +89,19 @@ class SlaMethod:
         nk = scores.shape[-1]
         if self.keep_ratios is None:
             return top_k_blocks(scores, max(1, int(self.keep_ratio * nk)))
-        return top_k_blocks(scores, (self.keep_ratios * nk).floor().long().reshape(-1, 1))
+        return top_k_blocks(scores, (decimal(self.keep_ratios) * nk).floor().long().reshape(-1, 1))
 
     def linear_blocks(self, critical: tuple[Tensor, Tensor]) -> Tensor | None:
         """The key blocks that the linear branch reads, (B, Hq, nq, nk) bool; None for all tokens."""
         return None if self.variant == "all" else ~mask_of(*critical, critical[0].shape[-1])
 
 
-def _check_tensor(
-    op: str,
-    name: str,
-    tensor: Tensor | None,
-    q: Tensor,
-    shapes: tuple[tuple[int, ...], ...],
-    dtypes: tuple[torch.dtype, ...],
-) -> None:
+def _check_tensor(op: str, name: str, tensor: Tensor | None, q: Tensor, shape: tuple[int, ...]) -> None:
     if tensor is None:
         return
-    if tensor.shape not in shapes:
-        raise ArgumentError(op, name, f"have shape {' or '.join(map(str, shapes))}", tuple(tensor.shape))
-    if tensor.dtype not in dtypes:
-        raise ArgumentError(op, name, f"be {' or '.join(map(dtype_name, dtypes))}", dtype_name(tensor.dtype))
+    if tensor.shape != shape:
+        raise ArgumentError(op, name, f"have shape {shape}", tuple(tensor.shape))
+    if tensor.dtype not in FLOAT_DTYPES:
+        raise ArgumentError(op, name, f"be {' or '.join(map(dtype_name, FLOAT_DTYPES))}", dtype_name(tensor.dtype))
     if tensor.device != q.device:
         raise ArgumentError(op, name, f"be on q's device {q.device}", tensor.device)

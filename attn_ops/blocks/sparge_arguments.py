@@ -7,11 +7,9 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
-from ..call import dtype_name
-from ..checks import check_choice, check_qkv, default_scale
+from ..checks import check_choice, check_per_head, check_qkv, default_scale
 from ..errors import ArgumentError
 from ..resolve import AUTO
 from .selection import Selection, Threshold
@@ -179,13 +177,5 @@ def _threshold(
         if not limits[0] <= number <= limits[1]:
             raise ArgumentError(op, name, f"be in {limits[0]:g} ... {limits[1]:g}", number)
         return number
-    name = _TENSORS[name]
-    if tensor.dtype is not torch.float32:
-        raise ArgumentError(op, name, "be float32, whatever q is", dtype_name(tensor.dtype))
-    if tensor.dim() > 1 or (tensor.dim() == 1 and tensor.shape[0] != q.shape[1]):
-        raise ArgumentError(op, name, f"have shape () or ({q.shape[1]},), one per head of q", tuple(tensor.shape))
-    if tensor.device != q.device:
-        raise ArgumentError(op, name, f"be on q's device {q.device}", tensor.device)
-    if tensor.requires_grad and torch.is_grad_enabled():
-        raise ArgumentError(op, name, "not require a gradient, it has none", "one that does", "Pass its .detach().")
+    check_per_head(op, _TENSORS[name], tensor, q)
     return tensor

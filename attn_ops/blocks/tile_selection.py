@@ -17,8 +17,7 @@ from ..errors import ArgumentError
 from .block_index import lists_of, mask_of
 from .by_device import top_k_blocks
 from .tiles import Tiling
-
-_DECIMALS = 1e6
+from .topk import decimal
 
 
 @dataclass(frozen=True)
@@ -85,12 +84,8 @@ def kept_tiles(sparsity: float, tiles: int) -> int:
 
 
 def _kept_tiles(sparsities: Tensor, tiles: int) -> Tensor:
-    """The same from () or (Hq,), as (1 or Hq, 1) int64; `top_k_blocks` clamps it.
-
-    fp32 has no 0.9, and the nearest number it has would keep a tile more: six decimals are what was meant.
-    """
-    decimal = (sparsities.double() * _DECIMALS).round() / _DECIMALS
-    return ((1 - decimal) * tiles).ceil().long().reshape(-1, 1)
+    """The same from () or (Hq,), as (1 or Hq, 1) int64; `top_k_blocks` clamps it."""
+    return ((1 - decimal(sparsities)) * tiles).ceil().long().reshape(-1, 1)
 
 
 def split_tiles(

@@ -14,6 +14,7 @@ from .block_index import lists_of
 
 UNITS_OF_MASS = 2.0**40
 """Whole units that a mass of 1 is counted in, so that sums are exact."""
+_DECIMALS = 1e6
 
 
 def block_mean(x: Tensor, block: int, sizes: Tensor | None = None) -> Tensor:
@@ -72,6 +73,11 @@ def top_k_blocks(scores: Tensor, keep: int | Tensor, allowed: Tensor | None = No
         ties &= allowed
     kept = above | (ties & (ties.cumsum(dim=-1) <= wanted - above.sum(dim=-1, keepdim=True)))
     return lists_of(kept)
+
+
+def decimal(ratios: Tensor) -> Tensor:
+    """Ratios in fp64, rounded to six decimals: what was meant. The fp32 number nearest to 0.9 is below it."""
+    return (ratios.double() * _DECIMALS).round() / _DECIMALS
 
 
 def count_to_mass(weights: Tensor, mass: Tensor) -> Tensor:

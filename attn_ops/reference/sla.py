@@ -52,12 +52,11 @@ def sparse_linear_attention_backward(
     """Gradients for q, k, v, weight and bias, the blocks held fixed; empty for what is None."""
     chosen = chosen_tokens(q, k, how)
     nothing = grad_out.new_empty(0)
+    sparse = masked_attention_backward(grad_out, grad_lse, out, lse, q, k, v, chosen, scale)
     if weight is None:
-        sparse = masked_attention_backward(grad_out, grad_lse, out, lse, q, k, v, chosen, scale)
         return *(like_query(grad, x) for grad, x in zip(sparse, (q, k, v), strict=True)), nothing, nothing
     features = linear_attention(q, k, v, chosen, how)
-    compute, sparse_out = features.dtype, out - _projected(features, weight, bias)
-    sparse = masked_attention_backward(grad_out, grad_lse, sparse_out, lse, q, k, v, chosen, scale)
+    compute = features.dtype
     grad_out = grad_out.to(compute)
     grad_features = grad_out @ weight.to(compute)
     smooth = linear_attention_backward(grad_features, features, q, k, v, chosen, how)
@@ -137,7 +136,8 @@ def chosen_blocks(q: Tensor, k: Tensor, how: SlaMethod) -> Tensor:
     rank, nk = order.argsort(dim=-1), keys.shape[2]
     if how.keep_ratios is None:
         return rank < max(1, int(how.keep_ratio * nk))
-    return rank < (how.keep_ratios * nk).floor().clamp(min=1).reshape(-1, 1, 1)
+    kept = [max(1, int(round(ratio, 6) * nk)) for ratio in how.keep_ratios.reshape(-1).tolist()]
+    return rank < torch.tensor(kept, device=q.device).reshape(-1, 1, 1)
 
 
 def _projected(features: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -155,6 +155,24 @@ def test_one_graph_serves_all_lengths() -> None:
     assert counter.frame_count == 1
 
 
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("ratios", [0.7, [0.7, 0.1]])
+def test_ratios_as_a_tensor(causal: bool, ratios: Any) -> None:
+    """fp32 has no 0.7: 0.7 of ten blocks are seven all the same."""
+    given = [torch.randn(2, 2, 160, 16, requires_grad=True) for _ in range(3)]
+    blocks = {"block_q": 16, "block_k": 16, "causal": causal}
+    tensor = torch.tensor(ratios)
+    torch.library.opcheck(OP.default, tuple(given), {**blocks, "keep_ratios": tensor})
+    out, lse = OP(*given, **blocks, keep_ratios=tensor)
+    exact = OP(*given, **blocks, keep_ratios=tensor, provider="reference")
+    torch.testing.assert_close((out, lse), exact)
+    both = [OP(*given, **blocks, keep_ratio=ratio) for ratio in ([ratios] * 2 if isinstance(ratios, float) else ratios)]
+    for head, (alone, _) in enumerate(both):
+        assert torch.equal(out[:, head], alone[:, head])
+    got = torch.autograd.grad(out.sum(), given)
+    torch.testing.assert_close(got, torch.autograd.grad(exact[0].sum(), given), rtol=1e-4, atol=1e-5)
+
+
 def test_autocast_chooses_as_the_cast_inputs_would() -> None:
     given = inputs("tails")
     with torch.autocast("cpu", torch.bfloat16):
@@ -193,6 +211,12 @@ def test_mistakes_are_named() -> None:
         OP(q, k, v, block_q=0)
     with pytest.raises(ArgumentError, match="v must have k's shape"):
         OP(q, k, v[:, :, 1:])
+    with pytest.raises(
+        ArgumentError, match=r"keep_ratios must have shape \(\) or \(2,\), one per head of q, got \(3,\)"
+    ):
+        OP(q, k, v, keep_ratios=torch.ones(3))
+    with pytest.raises(ArgumentError, match="keep_ratios must be float32, whatever q is, got float64"):
+        OP(q, k, v, keep_ratios=torch.ones((), dtype=torch.float64))
     with pytest.raises(PolicyError, match="block_k must be one of"):
         backend.BACKEND.check_params({"block_k": 48}, "rule 1")
     out, _ = OP(q.requires_grad_(), k, v)

@@ -157,7 +157,8 @@ WRONG_TYPES = [
     ({"params": "bits"}, "params must be a table", "keep_ratio = 0.4"),
     ({"params": [1]}, "params must be a table", "keep_ratio = 0.4"),
     ({"why": None}, "why must be a str, got None", "why ="),
-    ({"steps": "10:"}, "steps are not available yet", "Leave it out"),
+    ({"steps": "5:3"}, "'5:3' holds no step", "Write for example"),
+    ({"steps": 3}, "steps must be a str, got 3", "Write for example"),
 ]
 
 

@@ -10,6 +10,7 @@ from sparseattn import Policy, VideoLayout
 from sparseattn.attn_ops.call import AttentionCall
 from sparseattn.attn_ops.capability import Capability
 from sparseattn.attn_ops.errors import PolicyError
+from sparseattn.attn_ops.step_range import Step
 from sparseattn.lowering.decide import decide
 from sparseattn.lowering.schedules import vmoba_rules
 
@@ -40,6 +41,16 @@ def test_cycle_and_full_layers() -> None:
     assert len(rules) == 3
 
 
+def test_first_full_step() -> None:
+    policy = Policy(vmoba_rules(3, layout=GRID, first_full_step=12, cycle=(1, 0, 0)))
+    call = AttentionCall(1, 12, 12, VideoLayout(GRID).tokens, VideoLayout(GRID).tokens, 128)
+    steps = [None, Step(0, 50), Step(11, 50), Step(12, 50), Step(49, 50)]
+    decisions = [decide(call, CPU, policy, module="blocks.0.attn1", step=step) for step in steps]
+    assert [decision.backend for decision in decisions] == [None, None, None, "vmoba", "vmoba"]
+    assert "step 11 of 50 is not in steps 12:" in str(decisions[2].rejected)
+    assert "no step is set" in str(decisions[0].rejected)
+
+
 def test_a_number_is_a_whole_number() -> None:
     """Layer 1 is not layer 11."""
     policy = Policy(vmoba_rules(12, layout=GRID))
@@ -58,7 +69,7 @@ def test_parameters() -> None:
 @pytest.mark.parametrize(
     ("wrong", "says"),
     [
-        ({"first_full_step": 12}, "first_full_step must be 0, got 12. Rules speak about every step so far"),
+        ({"first_full_step": -1}, "first_full_step must be an int of at least 0"),
         ({"layers": 0}, "layers must be an int of at least 1"),
         ({"first_full_layer": -1}, "first_full_layer must be an int of at least 0"),
         ({"cycle": (0, 0, 0)}, "cycle must be three ints of at least 0, not all 0"),

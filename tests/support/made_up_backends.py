@@ -63,7 +63,7 @@ BLOCKS = BackendSpec(
     kind="sparse",
     summary="sparse",
     params=(
-        Param("keep_ratio", 0.5, "Fraction of key blocks.", low=0.0, high=1.0),
+        Param("keep_ratio", 0.5, "Fraction of key blocks.", low=0.0, high=1.0, tensor="keep_ratios"),
         Param("bits", 8, "4 or 8.", choices=(8,)),
     ),
     support=Support(cross=False, head_dim=(16, 128)),
