@@ -23,6 +23,7 @@ from sparseattn.lowering.precedence import use_policy
 from sparseattn.lowering.steps import step_callback, steps
 
 if TYPE_CHECKING:
+    from sparseattn.fx_passes.convert import Conversion, convert, unconvert
     from sparseattn.fx_passes.explain import explain
     from sparseattn.fx_passes.publish import last_report
     from sparseattn.fx_passes.report import Report
@@ -32,12 +33,14 @@ __version__ = "0.1.0"
 __all__ = [
     "BlockIndex",
     "Capability",
+    "Conversion",
     "Policy",
     "Report",
     "Rule",
     "Schedule",
     "VideoLayout",
     "backends",
+    "convert",
     "explain",
     "last_report",
     "nn",
@@ -45,11 +48,15 @@ __all__ = [
     "register",
     "step_callback",
     "steps",
+    "unconvert",
     "use_policy",
 ]
 
 # These bring Dynamo with them, so they are imported when first used.
 _LAZY = {
+    "Conversion": "sparseattn.fx_passes.convert",
+    "convert": "sparseattn.fx_passes.convert",
+    "unconvert": "sparseattn.fx_passes.convert",
     "Report": "sparseattn.fx_passes.report",
     "explain": "sparseattn.fx_passes.explain",
     "last_report": "sparseattn.fx_passes.publish",

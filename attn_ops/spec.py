@@ -187,6 +187,7 @@ class BackendSpec:
         break_even: why it would not pay here, or None; asked only of rules with `only_if_faster`.
         tolerance: relative L2 error to dense attention by dtype name (exact) or as a typical value (others).
         selectable: a policy may choose it (False for ops that need an argument no graph has, such as a block map).
+        attached: the op's tensor arguments that the module around the attention may hand over: trained parameters.
     """
 
     name: str
@@ -201,6 +202,7 @@ class BackendSpec:
     break_even: Callable[[AttentionCall, Capability], str | None] | None = None
     tolerance: Mapping[str, float] = field(default_factory=dict)
     selectable: bool = True
+    attached: tuple[str, ...] = ()
 
     def reasons(self, call: AttentionCall, capability: Capability) -> list[str]:
         """Why this backend cannot serve the call, whoever computes it; empty if it can."""

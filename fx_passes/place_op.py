@@ -26,13 +26,14 @@ from .step_values import StepValues
 _META_KEYS = ("example_value", "val")
 
 
-def place_op(site: CallSite, decision: Decision, values: StepValues | None) -> None:
+def place_op(site: CallSite, decision: Decision, values: StepValues | None, attached: dict[str, fx.Node]) -> None:
     """Replace the node of a site by the op that was chosen.
 
     Args:
         site: the site.
         decision: what to put there.
         values: takes the values that follow the steps; None where the graph has nobody to bring them.
+        attached: arguments that the module of the site hands over.
 
     Raises:
         PolicyError: if such a value cannot reach the site.
@@ -43,7 +44,7 @@ def place_op(site: CallSite, decision: Decision, values: StepValues | None) -> N
     op = getattr(torch.ops.sparseattn, decision.op).default
     with graph.inserting_before(node):
         operands = tuple(_unit_stride(graph, operand) for operand in (site.q, site.k, site.v))
-        pair = graph.call_function(op, operands, _arguments(site, decision, values))
+        pair = graph.call_function(op, operands, {**_arguments(site, decision, values), **attached})
         out = graph.call_function(operator.getitem, (pair, 0))
         _describe_result(node, site.q, pair, out)
         result = _in_layout_of(node, out)

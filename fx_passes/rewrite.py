@@ -12,11 +12,13 @@ from torch import fx
 
 from ..attn_ops.call import AttentionCall
 from ..attn_ops.capability import Capability
+from ..attn_ops.registry import backend
 from ..attn_ops.step_range import Step
 from ..lowering.decide import decide
 from ..lowering.decision import Decision
 from ..lowering.policy import Policy
 from ..lowering.steps import current_step
+from .attached import AttachedTensors
 from .hoist_tiling import Hoisted, hoist_tiling
 from .layouts import Grids
 from .normalize.multihead import opaque_sites, open_multihead
@@ -48,7 +50,8 @@ def rewrite_graph(
         RequirementError: if a rule with mode="require" matches a site that its backend cannot serve.
         PolicyError: if a value that follows the steps cannot reach a site.
     """
-    rewriter = _Rewriter(policy, capability, current_step(), Grids(module), values)
+    trains = any(AttachedTensors(graph.graph).need_grad for graph in _graphs(module))
+    rewriter = _Rewriter(policy, capability, current_step(), Grids(module), values, trains)
     rows = [row for graph in _graphs(module) for row in rewriter.rewrite(graph)]
     # Only now: a grid is read in raster order, through the graphs before it.
     hoisted = sum(map(hoist_tiling, _graphs(module) if hoist else ()), Hoisted())
@@ -78,24 +81,31 @@ class _Rewriter:
     step: Step | None
     grids: Grids
     values: StepValues | None
+    trains: bool
+    """A module hands over what is trained: its gradient flows through every site, even where nothing else is."""
 
     def rewrite(self, module: fx.GraphModule) -> list[Row]:
         """Rewrite one graph, without its sub-graphs."""
         opaque = [_opaque_row(node, reason, self.capability) for node, reason in opaque_sites(module)]
         records = {record.site: record for record in (*open_multihead(module), *fuse_unfused(module))}
+        attached = AttachedTensors(module.graph)
         rows, dense = [], set()
         for site in find_sites(module, self.grids):  # each is read after those before it: one may feed another
+            if self.trains:
+                site = replace(site, call=replace(site.call, needs_grad=True))
             decision = self._decide(site)
-            rows.append(Row(site.module, site.source, site.call, decision))
+            handed = {} if decision.backend is None else attached.of(site, decision.backend)
+            rows.append(Row(site.module, site.source, site.call, _with_training(decision, handed)))
             if decision.is_dense:
                 dense.add(site.node)
             else:
-                place_op(site, decision, self.values)
+                place_op(site, decision, self.values, handed)
         for site_node, record in records.items():
             if site_node in dense:
                 record.restore()
             else:
                 record.commit()
+        attached.erase()
         return [*rows, *opaque]
 
     def _decide(self, site: CallSite) -> Decision:
@@ -104,6 +114,15 @@ class _Rewriter:
         if site.grid.note:
             decision = replace(decision, why=f"{decision.why}; no token grid: {site.grid.note}")
         return decision
+
+
+def _with_training(decision: Decision, handed: dict[str, fx.Node]) -> Decision:
+    """The decision with a word on the trained parameters, for a method that has some."""
+    wanted = () if decision.backend is None else backend(decision.backend).attached
+    if not wanted:
+        return decision
+    what = f"with its {' and '.join(handed)}" if handed else f"training-free, without {' and '.join(wanted)}"
+    return replace(decision, why=f"{decision.why}; {what}")
 
 
 def _opaque_row(node: fx.Node, reason: str, capability: Capability | None) -> Row:

@@ -195,6 +195,7 @@ BACKEND = BackendSpec(
         Param("block_k", 64, "Tokens per block of keys.", choices=BLOCKS),
         Param("compat", False, "Choose blocks by scores rounded to the inputs' dtype, as the published code does."),
     ),
+    attached=("weight", "bias"),
     support=Support(causal=False, cross=False, grad=False),
     break_even=_break_even,
     # Of the sparse part, over the self-attention layers of examples/tiny_video: the median; the worst is 0.63.

@@ -78,8 +78,8 @@ def sparse_linear_attention(
         ArgumentError: on wrong shapes, dtypes, strides or values.
         UnsupportedError: if no provider can serve the call; the message lists the reasons.
 
-    Differentiable in q, k, v, weight and bias through out and lse; the selection carries no gradient. No double backward,
-    no forward mode.
+    Differentiable in q, k, v, weight and bias through out and lse; the selection carries no gradient. No double
+    backward, no forward mode.
     Paper: https://arxiv.org/abs/2509.24006.
     """
     result: tuple[Tensor, Tensor] = torch.ops.sparseattn.sparse_linear_attention(
@@ -207,6 +207,7 @@ BACKEND = BackendSpec(
         Param("block_k", 64, "Tokens per block of keys.", choices=BLOCKS),
         Param("compat", False, "Choose blocks by scores rounded to the inputs' dtype, as the published code does."),
     ),
+    attached=("weight", "bias"),
     support=Support(causal=False, cross=False),
     break_even=_break_even,
     # Of the sparse part, over the self-attention layers of examples/tiny_video: the median; the worst is 0.51.

@@ -216,6 +216,7 @@ BACKEND = BackendSpec(
         Param("sparsity", 0.9, "Fraction of the video tiles to leave out.", low=0.0, high=1.0, tensor="sparsities"),
         Param("tile", TILE, "(t, h, w) of a tile, in tokens.", low=1),
     ),
+    attached=("gate",),
     support=Support(causal=False, cross=False, layout=True),
     break_even=_break_even,
     # The median over the attention layers of examples/tiny_video at the default sparsity; the worst is 0.79.
