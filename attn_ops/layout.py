@@ -15,5 +15,5 @@ def like_query(out: Tensor, q: Tensor) -> Tensor:
 
 
 def empty_result(q: Tensor) -> tuple[Tensor, Tensor]:
-    """The result of attending to no key: out = 0 like q, lse = -inf, (B, H, S) fp32."""
-    return torch.zeros_like(q), q.new_full(q.shape[:-1], -torch.inf, dtype=torch.float32)
+    """The result of attending to no key: out = 0 like q, lse = -inf, (B, H, S) fp32; fp64 for a q in fp64."""
+    return torch.zeros_like(q), q.new_full(q.shape[:-1], -torch.inf, dtype=torch.promote_types(q.dtype, torch.float32))

@@ -69,7 +69,7 @@ def define_op(
 def _define_backward(
     name: str, arguments: str, backward: Kernel, differentiable: tuple[str, ...]
 ) -> torch._ops.OpOverload:
-    name = f"{name}_backward"
+    forward, name = name, f"{name}_backward"
     plain = [argument.split("=")[0] for argument in arguments.split(", ") if argument != "*"]
     given = ", ".join(["Tensor grad_out", "Tensor? grad_lse", "Tensor out", "Tensor lse", *plain])
     grads = ", ".join(f"Tensor grad_{of}" for of in ("q", "k", "v", *differentiable))
@@ -80,7 +80,7 @@ def _define_backward(
     places = [names.index(of) for of in ("q", "k", "v", *differentiable)]
     torch.library.register_fake(f"{NAMESPACE}::{name}", _fake_backward(places), lib=LIBRARY)
     # Without a formula of its own, the gradient of the gradient would be silently wrong.
-    torch.library.register_autograd(f"{NAMESPACE}::{name}", _refuse_double_backward, lib=LIBRARY)
+    torch.library.register_autograd(f"{NAMESPACE}::{name}", _double_backward_refusal(forward), lib=LIBRARY)
     op: torch._ops.OpOverload = getattr(getattr(torch.ops, NAMESPACE), name).default
     return op
 
@@ -115,8 +115,11 @@ def _outside_autocast(kernel: Kernel) -> Kernel:
     return outside
 
 
-def _refuse_double_backward(_ctx: Any, *_grads: Tensor) -> None:
-    raise GradientError("sparseattn: double backward is not supported. Use torch's own attention where it is needed.")
+def _double_backward_refusal(name: str) -> Kernel:
+    def refuse(_ctx: Any, *_grads: Tensor) -> None:
+        raise GradientError(f"{name}: double backward is not supported. Use torch's own attention where it is needed.")
+
+    return refuse
 
 
 def _autograd_kernel(

@@ -31,13 +31,8 @@ def attention(
         return empty_result(q)
     keys, values = tiling.to_tiles(k), tiling.to_tiles(v)
     rows = _regroup(q, keys, tiling, rule)
-    out, lse = torch.ops.sparseattn.block_sparse_attention(
-        *(_copied(q, rows.query), keys, values, *rows.lists),
-        block_q=_BLOCK_Q,
-        block_k=tiling.volume,
-        scale=scale,
-        provider=provider,
-    )
+    operands = _copied(q, rows.query), keys, values, *rows.lists
+    out, lse = _attend(operands, tiling, scale, provider)
     parts, part_lse = _picked(out, rows).float(), _picked(lse.unsqueeze(-1), rows)
     total = part_lse.logsumexp(dim=3)
     merged = (parts * (part_lse - total.unsqueeze(3)).exp()).sum(dim=3)
@@ -47,7 +42,7 @@ def attention(
 def attention_backward(
     grad_out: Tensor,
     grad_lse: Tensor | None,
-    out: Tensor,
+    _out: Tensor,
     lse: Tensor,
     q: Tensor,
     k: Tensor,
@@ -58,23 +53,52 @@ def attention_backward(
     scale: float,
     provider: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of `attention` for q, k and v, in their layouts: exact, with out and lse over all chunks of a query."""
+    """Gradients of `attention` for q, k and v, in their layouts: back through the merging, then through every row.
+
+    The rows attend again, for the results that were merged: the out and lse of all chunks of a query are not those of
+    its rows, and the backward of block-sparse attention is told what its forward returned.
+    """
     if q.numel() == 0:
         return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
     keys, values = tiling.to_tiles(k), tiling.to_tiles(v)
     rows = _regroup(q, keys, tiling, rule)
-    of_queries = [_copied(x, rows.query) for x in (grad_out, out, q)]
-    of_queries += [_copied(x.unsqueeze(-1), rows.query) for x in (lse, grad_lse) if x is not None]
-    # In a row that holds no query everything is 0: its gradient is 0 then, and it adds nothing to those of the keys.
-    grad_out, out, q_rows, *lses = (x.masked_fill_(~rows.used.unsqueeze(-1), 0) for x in of_queries)
-    row_lse, row_grad_lse = (*(x.squeeze(-1) for x in lses), None)[:2]
+    # A row that holds no query has a gradient of 0; that of the query it names instead may be anything.
+    queries = _copied(q, rows.query).masked_fill_(~rows.used.unsqueeze(-1), 0)
+    operands = queries, keys, values, *rows.lists
+    parts = _attend(operands, tiling, scale, provider)
     grad_rows, grad_keys, grad_values = torch.ops.sparseattn.block_sparse_attention_backward(
-        *(grad_out, row_grad_lse, out, row_lse, q_rows, keys, values, *rows.lists),
+        *(*_unmerged(grad_out, grad_lse, lse, *parts, rows), *parts, *operands),
         *(_BLOCK_Q, tiling.volume, False, scale, provider),
     )
     grad_q = _picked(grad_rows, rows).sum(dim=3, dtype=torch.float32)
     grad_k, grad_v = tiling.from_tiles(grad_keys), tiling.from_tiles(grad_values)
     return like_query(grad_q, q), like_query(grad_k, k), like_query(grad_v, v)
+
+
+def _attend(operands: tuple[Tensor | None, ...], tiling: Tiling, scale: float, provider: str) -> tuple[Tensor, Tensor]:
+    """Attention of every row to its chunk: out (B, Hq, R, D) and lse (B, Hq, R)."""
+    result: tuple[Tensor, Tensor] = torch.ops.sparseattn.block_sparse_attention(
+        *operands, block_q=_BLOCK_Q, block_k=tiling.volume, scale=scale, provider=provider
+    )
+    return result
+
+
+def _unmerged(
+    grad_out: Tensor, grad_lse: Tensor | None, lse: Tensor, row_out: Tensor, row_lse: Tensor, rows: _Rows
+) -> tuple[Tensor, Tensor]:
+    """Gradients of row_out and row_lse; 0 in a row that holds no query.
+
+    From merged = sum(w * part) and w = exp(part_lse - lse): that of a part is w * grad_out, that of its lse is
+    w * (grad_out . part - grad_out . merged + grad_lse).
+    """
+    grad_rows, total = _copied(grad_out, rows.query), _copied(lse.unsqueeze(-1), rows.query)
+    weight = (row_lse.unsqueeze(-1) - total).exp().masked_fill(~rows.used.unsqueeze(-1), 0)
+    product = (grad_rows.float() * row_out).sum(dim=-1, keepdim=True)
+    mean = _picked(weight * product, rows).sum(dim=3)
+    if grad_lse is not None:
+        mean = mean - grad_lse.unsqueeze(-1)
+    grad_row_lse = weight * (product - _copied(mean, rows.query))
+    return (weight * grad_rows).to(row_out.dtype), grad_row_lse.squeeze(-1)
 
 
 class _Rows(NamedTuple):

@@ -1,9 +1,8 @@
 """Let a fused backward that knows nothing of lse carry its gradient too.
 
 Fused backwards compute `grad_s = p * (grad_out @ v.T - sum(grad_out * out))`. With one more channel in which grad_out
-is grad_lse, v is 1, and out, q and k are 0, the same formula gives `p * (grad_out @ v.T + grad_lse - sum(grad_out *
-out))`,
-which is the gradient with lse's term (d lse / d s = p). Exact, for eight more channels (the alignment of CUDA kernels).
+is grad_lse, v is 1, and out, q and k are 0, the same formula adds p * grad_lse, which is lse's term (d lse / d s = p).
+It costs eight more channels (the alignment of CUDA kernels), and grad_lse is rounded to the dtype of grad_out.
 """
 
 from __future__ import annotations

@@ -53,7 +53,7 @@ def attention_backward(
     sparse_out = out
     if weight is not None:
         features = _features(q, k, v, how, critical)
-        # Saves attending again; in half precision it has the rounding of out, which a large linear part makes coarser.
+        # By difference, which saves attending again. In half precision it is coarse: no provider relies on it there.
         sparse_out = like_query(out - _projected(features, weight, bias), q)
     grads = torch.ops.sparseattn.block_sparse_attention_backward(
         *(grad_out, grad_lse, sparse_out, lse, q, k, v, *critical, None),

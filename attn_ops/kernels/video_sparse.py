@@ -131,6 +131,7 @@ def attention_backward(
     grad_gate, of_means = q.new_empty(0), None
     if gate is not None:
         rows, gates, branch = queries.tiles(grad_out), queries.tiles(queries.enter(gate)), coarse.of_tokens()
+        # That of the sparse part, without attending again. In half precision it is coarse: no provider relies on it.
         out = _whole(torch.addcmul(queries.tiles(out), gates, branch, value=-1), q.dtype)
         grad_gate = like_query(queries.leave(_whole(rows * branch, q.dtype)), gate)
         of_means = _coarse_backward((rows.float() * gates).sum(dim=3), coarse, plan.scale)

@@ -42,7 +42,7 @@ def masked_attention(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor, scale: fl
 def masked_attention_backward(
     grad_out: Tensor,
     grad_lse: Tensor | None,
-    out: Tensor,
+    _out: Tensor,
     lse: Tensor,
     q: Tensor,
     k: Tensor,
@@ -50,15 +50,18 @@ def masked_attention_backward(
     allowed: Tensor,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of `masked_attention`, written out (Dao 2023, "FlashAttention-2", algorithm 2, and the term of lse)."""
+    """Gradients of `masked_attention`, written out (Dao 2023, "FlashAttention-2", algorithm 2, and the term of lse).
+
+    delta = sum(grad_out * out) is computed as sum(weights * grad_weights): out may have been rounded to a half.
+    """
     compute = _compute_dtype(q)
-    q_, grad_out, out, lse = q.to(compute), grad_out.to(compute), out.to(compute), lse.to(compute)
+    q_, grad_out, lse = q.to(compute), grad_out.to(compute), lse.to(compute)
     k_, v_ = per_query_head(k.to(compute), q.shape[1]), per_query_head(v.to(compute), q.shape[1])
-    weights = _weights(_scores(q_, k_, allowed, scale), lse)
-    delta = (grad_out * out).sum(dim=-1)
+    weights, grad_weights = _weights(_scores(q_, k_, allowed, scale), lse), grad_out @ v_.mT
+    delta = (weights * grad_weights).sum(dim=-1)
     if grad_lse is not None:
         delta = delta - grad_lse.to(compute)
-    grad_scores = weights * (grad_out @ v_.mT - delta.unsqueeze(-1))
+    grad_scores = weights * (grad_weights - delta.unsqueeze(-1))
     grad_q = scale * grad_scores @ k_
     grad_k = per_kv_head(scale * grad_scores.mT @ q_, k.shape[1])
     grad_v = per_kv_head(weights.mT @ grad_out, v.shape[1])

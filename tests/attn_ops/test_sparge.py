@@ -17,7 +17,7 @@ from sparseattn.attn_ops.blocks.block_index import BlockIndex, mask_of
 from sparseattn.attn_ops.blocks.sparge_map import sparge_block_map
 from sparseattn.attn_ops.call import AttentionCall
 from sparseattn.attn_ops.capability import Capability
-from sparseattn.attn_ops.errors import ArgumentError, GradientError, UnsupportedError
+from sparseattn.attn_ops.errors import ArgumentError, UnsupportedError
 from sparseattn.attn_ops.kernels.sparge import on_map
 from sparseattn.attn_ops.numerics.block_rounding import round_v_fp8
 from sparseattn.attn_ops.op import same_defaults
@@ -384,14 +384,6 @@ def test_one_graph_serves_all_lengths_and_thresholds() -> None:
         for got, want in zip(compiled(*given), attend(*given), strict=True):
             assert torch.equal(got, want)
     assert counter.frame_count == 1
-
-
-def test_a_gradient_is_refused_with_a_way_out() -> None:
-    q, k, v = inputs(16, 16)
-    with pytest.raises(GradientError, match="Use block_topk_attention or block_sparse_attention"):
-        sparge_attention(q.requires_grad_(), k, v)
-    with torch.no_grad():
-        assert not sparge_attention(q, k, v)[0].requires_grad
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,6 @@ import torch
 from support.attention_model import Blocks, tokens
 from support.graphs import fresh_dynamo  # noqa: F401  (a fixture)
 from support.video_chunks import CHOICES, CHUNKS, arguments, inputs, rule_of, tiling_of
-from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import sparseattn
@@ -19,7 +18,7 @@ from sparseattn.attn_ops.backends import vmoba as backend
 from sparseattn.attn_ops.blocks.tiles import Tiling
 from sparseattn.attn_ops.call import AttentionCall
 from sparseattn.attn_ops.capability import Capability
-from sparseattn.attn_ops.errors import ArgumentError, GradientError
+from sparseattn.attn_ops.errors import ArgumentError
 from sparseattn.attn_ops.kernels import chunk_rows
 from sparseattn.attn_ops.op import same_defaults
 from sparseattn.attn_ops.reference import vmoba as reference
@@ -131,33 +130,6 @@ def test_regrouped_queries_have_one_shape_whatever_is_chosen() -> None:
         assert torch.equal(held, torch.arange(k.shape[2]).repeat_interleave(2).expand_as(held))
 
 
-def test_gradients_of_the_definition() -> None:
-    given = [x[:1, :, :, :3].double().requires_grad_() for x in inputs("short last chunk")]
-    definition = {"tiling": tiling_of("short last chunk"), "rule": rule_of("topk"), "scale": 0.5}
-
-    class Reference(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, *qkv: Tensor) -> tuple[Tensor, Tensor]:
-            out, lse = reference.vmoba_attention(*qkv, **definition)
-            ctx.save_for_backward(out, lse, *qkv)
-            return out, lse
-
-        @staticmethod
-        def backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor, ...]:
-            return reference.vmoba_attention_backward(grad_out, grad_lse, *ctx.saved_tensors, **definition)
-
-    assert torch.autograd.gradcheck(Reference.apply, given, fast_mode=True)
-
-
-def test_gradients_are_the_same_every_time() -> None:
-    given = [x.requires_grad_() for x in inputs("clipped", dim=64)]
-    first, second = (
-        torch.autograd.grad(OP(*given, **arguments("clipped", "0.3 query_head"))[0].square().sum(), given)
-        for _ in range(2)
-    )
-    assert all(torch.equal(x, y) for x, y in zip(first, second, strict=True))
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("strided", [False, True])
 @pytest.mark.parametrize(("chunks", "choice"), [("clipped", "topk"), ("short last chunk", "0.3 overall")])
@@ -223,14 +195,6 @@ def test_a_rule_with_a_layout_rewrites_a_model() -> None:
 def test_mistakes_are_named(change: dict[str, Any], says: str) -> None:
     with pytest.raises(ArgumentError, match=says):
         OP(*inputs("temporal"), **arguments("temporal") | change)
-
-
-def test_double_backward_is_refused() -> None:
-    q, k, v = inputs("temporal")
-    out, _ = OP(q.requires_grad_(), k, v, **arguments("temporal"))
-    (grad,) = torch.autograd.grad(out.square().sum(), q, create_graph=True)
-    with pytest.raises(GradientError, match="double backward is not supported"):
-        grad.sum().backward()
 
 
 def test_nan_reaches_the_output() -> None:

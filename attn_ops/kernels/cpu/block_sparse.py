@@ -1,6 +1,7 @@
 """Block-sparse attention on CPU: the native kernel where there is one, else blocks gathered for torch's flash operator.
 
-The native kernel serves every call; whether it is there is decided once per process, by `native.library.kernel`.
+The native kernel serves every call, but for gradients that need fp64; whether it is there is decided once per process,
+by `native.library.kernel`.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from ...layout import empty_result
 from . import gathered
 from .native import block_sparse as native
 from .native.library import kernel
+from .precision import gradient_dtype
 
 
 def attention(
@@ -59,6 +61,6 @@ def attention_backward(
         return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
     tensors = grad_out, grad_lse, out, lse, q, k, v, block_index, block_count, key_sizes
     library = kernel().library
-    if library is None:
+    if library is None or gradient_dtype(q, lse) is torch.float64:
         return gathered.attention_backward(*tensors, block_q=block_q, block_k=block_k, causal=causal, scale=scale)
     return native.attention_backward(library, *tensors, block_q=block_q, block_k=block_k, causal=causal, scale=scale)

@@ -1,11 +1,13 @@
 """Dense attention on CPU through torch's flash operator, and a causal sliding window in chunks of queries.
 
-The window never builds an Sq x Sk mask: a chunk of C queries looks at C + window - 1 keys.
+The window never builds an Sq x Sk mask: a chunk of C queries looks at C + window - 1 keys. Gradients have a precision
+of their own, see `precision`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -13,6 +15,7 @@ from torch import Tensor
 from ...heads import per_kv_head, per_query_head
 from ...layout import empty_result, like_query
 from ..lse_gradient import with_lse_gradient
+from .precision import exact_operands
 
 _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
@@ -47,6 +50,9 @@ def attention_backward(
     """Gradients of `attention` for q, k and v, in their layouts."""
     if q.numel() == 0 or k.numel() == 0:
         return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+    given = q, k, v
+    attend = partial(attention, causal=causal, window=window, scale=scale)
+    grad_out, out, lse, q, k, v = exact_operands(attend, grad_out, out, lse, q, k, v)
 
     def dense(grad_out: Tensor, out: Tensor, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         k_, v_ = per_query_head(k, q.shape[1]), per_query_head(v, q.shape[1])
@@ -58,8 +64,8 @@ def attention_backward(
         grad_q, grad_k, grad_v = grads
         return grad_q, per_kv_head(grad_k, k.shape[1]), per_kv_head(grad_v, v.shape[1])
 
-    grads = with_lse_gradient(dense, grad_out, grad_lse, out, q, k, v)
-    return like_query(grads[0], q), like_query(grads[1], k), like_query(grads[2], v)
+    grad_q, grad_k, grad_v = map(like_query, with_lse_gradient(dense, grad_out, grad_lse, out, q, k, v), given)
+    return grad_q, grad_k, grad_v
 
 
 def _windowed(q: Tensor, k: Tensor, v: Tensor, window: int, scale: float) -> tuple[Tensor, Tensor]:
@@ -76,7 +82,7 @@ def _windowed_backward(
     grad_out: Tensor, out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, window: int, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     grad_q = torch.zeros_like(q)
-    grad_k, grad_v = (torch.zeros_like(kv, dtype=torch.float32) for kv in (k, v))
+    grad_k, grad_v = torch.zeros_like(k), torch.zeros_like(v)
     # exp(-inf - 0) = 0 in a row with no key, where -inf - -inf would be NaN.
     lse = lse.masked_fill(lse == -torch.inf, 0.0)
     for rows, keys, mask in _chunks(q, k.shape[2], window):
@@ -89,7 +95,7 @@ def _windowed_backward(
         grad_q[:, :, rows] = part[0]
         grad_k[:, :, keys] += part[1]
         grad_v[:, :, keys] += part[2]
-    return grad_q, grad_k.to(k.dtype), grad_v.to(v.dtype)
+    return grad_q, grad_k, grad_v
 
 
 def _chunks(q: Tensor, seq_k: int, window: int) -> Iterator[tuple[slice, slice, Tensor]]:

@@ -2,13 +2,14 @@
 
 A row is one block of queries of one head. Its list is split into full blocks, which need no mask, and partial ones
 (crossing the causal edge, or short), whose result is merged by lse; blocks wholly in the future are dropped.
-Rows with lists of one length share a call, so ragged lists cost no padding. All arithmetic is fp32: on halves,
-torch's operator is no faster without AMX and rounds the weights to the input dtype.
+Rows with lists of one length share a call, so ragged lists cost no padding. All arithmetic is fp32, or fp64 where
+`precision` asks for it: on halves, torch's operator is no faster without AMX and rounds the weights to the input dtype.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from ...layout import empty_result, like_query
 from ..lse_gradient import with_lse_gradient
+from .precision import exact_operands
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
@@ -52,6 +54,14 @@ class _Lists(NamedTuple):
     lengths: Tensor
 
 
+class _Split(NamedTuple):
+    """The lists of full blocks, those of partial blocks or None, and the valid keys of every block of K, (nk,)."""
+
+    full: _Lists
+    partial: _Lists | None
+    sizes: Tensor
+
+
 def attention(
     q: Tensor,
     k: Tensor,
@@ -69,27 +79,32 @@ def attention(
     if q.numel() == 0 or k.numel() == 0 or block_index.numel() == 0:
         return empty_result(q)
     grid = _Grid(*(q.shape[0], q.shape[1], k.shape[1], q.shape[2], k.shape[2]), block_q, block_k, causal)
-    full, partial, sizes = _split(block_index, block_count, key_sizes, grid)
-    queries = _blocked(q, block_q)
-    gather = _Gather(k, v, block_k)
+    lists = _split(block_index, block_count, key_sizes, grid)
+    out, lse = _attend(q.float(), k.float(), v.float(), lists, grid, scale)
+    return like_query(out, q), lse.contiguous()
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, lists: _Split, grid: _Grid, scale: float) -> tuple[Tensor, Tensor]:
+    """`attention` in fp32 or fp64, all of one dtype."""
+    queries = _blocked(q, grid.block_q)
+    gather = _Gather(k, v, grid.block_k)
     out = torch.zeros_like(queries)
     lse = queries.new_full(queries.shape[:2], -torch.inf)
-    for rows, blocks in _chunks(full, gather.limit):
+    for rows, blocks in _chunks(lists.full, gather.limit):
         part, part_lse = _flash(queries.index_select(0, rows).unsqueeze(1), *gather(blocks), 0.0, False, scale=scale)
         out.index_copy_(0, rows, part.squeeze(1))
         lse.index_copy_(0, rows, part_lse.squeeze(1))
-    for rows, blocks in _chunks(partial, gather.limit):
-        allowed = _allowed(rows, blocks, sizes, grid)
-        mask = _additive(allowed)
+    for rows, blocks in _chunks(lists.partial, gather.limit):
+        allowed = _allowed(rows, blocks, lists.sizes, grid)
+        mask = _additive(allowed, queries.dtype)
         part, part_lse = _flash(
             queries.index_select(0, rows).unsqueeze(1), *gather(blocks), 0.0, False, attn_mask=mask, scale=scale
         )
         # The operator says 0 for a row that sees no key.
         part_lse = part_lse.squeeze(1).masked_fill(~allowed.any(dim=-1), -torch.inf)
         _merge(out, lse, rows, part.squeeze(1), part_lse)
-    shape = grid.batch, grid.heads, grid.nq * block_q
-    out, lse = out.view(*shape, -1)[:, :, : grid.seq_q], lse.view(shape)[:, :, : grid.seq_q]
-    return like_query(out, q), lse.contiguous()
+    shape = grid.batch, grid.heads, grid.nq * grid.block_q
+    return out.view(*shape, -1)[:, :, : grid.seq_q], lse.view(shape)[:, :, : grid.seq_q]
 
 
 def attention_backward(
@@ -113,25 +128,27 @@ def attention_backward(
     if q.numel() == 0 or k.numel() == 0 or block_index.numel() == 0:
         return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
     grid = _Grid(*(q.shape[0], q.shape[1], k.shape[1], q.shape[2], k.shape[2]), block_q, block_k, causal)
-    full, partial, sizes = _split(block_index, block_count, key_sizes, grid)
+    lists = _split(block_index, block_count, key_sizes, grid)
+    given = q, k, v
+    attend = partial(_attend, lists=lists, grid=grid, scale=scale)
+    grad_out, out, lse, q, k, v = exact_operands(attend, grad_out, out, lse, q, k, v)
     # exp(-inf - 0) = 0 in a row with no key, where -inf - -inf would be NaN.
     row_lse = _blocked(lse.masked_fill(lse == -torch.inf, 0.0).unsqueeze(-1), block_q).squeeze(-1)
 
     def gathered(grad_out: Tensor, out: Tensor, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         sums = _Sums(grad_out, out, row_lse, q, k, v, grid, scale)
-        for rows, blocks in _chunks(full, sums.gather.limit):
+        for rows, blocks in _chunks(lists.full, sums.gather.limit):
             sums.add(rows, blocks, None)
-        for rows, blocks in _chunks(partial, sums.gather.limit):
-            sums.add(rows, blocks, _additive(_allowed(rows, blocks, sizes, grid)))
+        for rows, blocks in _chunks(lists.partial, sums.gather.limit):
+            sums.add(rows, blocks, _additive(_allowed(rows, blocks, lists.sizes, grid), q.dtype))
         return sums.result()
 
-    grads = with_lse_gradient(gathered, grad_out, grad_lse, out, q, k, v)
-    return like_query(grads[0], q), like_query(grads[1], k), like_query(grads[2], v)
+    grad_q, grad_k, grad_v = map(like_query, with_lse_gradient(gathered, grad_out, grad_lse, out, q, k, v), given)
+    return grad_q, grad_k, grad_v
 
 
 def _blocked(x: Tensor, block: int) -> Tensor:
-    """(B, H, S, D) as (B * H * blocks, block, D) fp32, the last block padded with zeros; a view where it can be."""
-    x = x.float()
+    """(B, H, S, D) as (B * H * blocks, block, D), the last block padded with zeros; a view where it can be."""
     if tail := -x.shape[2] % block:
         x = torch.nn.functional.pad(x, (0, 0, 0, tail))
     return x.reshape(-1, block, x.shape[3])
@@ -163,7 +180,7 @@ class _Gather:
 
 
 class _Sums:
-    """Gradients in the making: fp32 sums over all rows, for K and V scattered back to the blocks they came from."""
+    """Gradients in the making: sums over all rows, for K and V scattered back to the blocks they came from."""
 
     def __init__(
         self, grad_out: Tensor, out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, grid: _Grid, scale: float
@@ -187,7 +204,7 @@ class _Sums:
         self._grad_v.index_add_(0, blocks.flatten(), grads[2].reshape(blocks.numel(), -1))
 
     def result(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Gradients of q: (B, Hq, Sq, D), k and v: (B, Hkv, Sk, D), fp32."""
+        """Gradients of q: (B, Hq, Sq, D), k and v: (B, Hkv, Sk, D)."""
         grid = self._grid
         shape = grid.batch, grid.kv_heads, grid.nk * grid.block_k, -1
         grad_q = self._grad_q.view(grid.batch, grid.heads, grid.nq * grid.block_q, -1)[:, :, : grid.seq_q]
@@ -195,16 +212,13 @@ class _Sums:
         return grad_q, grad_k, grad_v
 
 
-def _split(
-    block_index: Tensor, block_count: Tensor, key_sizes: Tensor | None, grid: _Grid
-) -> tuple[_Lists, _Lists | None, Tensor]:
-    """(lists of full blocks, lists of partial blocks or None, valid keys of every block of K: (nk,))."""
+def _split(block_index: Tensor, block_count: Tensor, key_sizes: Tensor | None, grid: _Grid) -> _Split:
     block, nk = grid.block_k, grid.nk
     sizes = (grid.seq_k - block * _range(nk)).clamp_(max=block)
     if key_sizes is not None:
         sizes = torch.minimum(sizes, key_sizes)
     if key_sizes is None and not grid.causal and grid.seq_k % block == 0:
-        return _flat(block_index, block_count, grid), None, sizes
+        return _Split(_flat(block_index, block_count, grid), None, sizes)
     used = _range(block_index.shape[-1]) < block_count.unsqueeze(-1)
     number = block_index.masked_fill(~used, 0)
     size = sizes.index_select(0, number.flatten()).view(number.shape)
@@ -215,11 +229,8 @@ def _split(
         last_query = (first_query + grid.block_q).clamp_(max=grid.seq_q) - 1
         used &= number * block <= last_query
         masked |= number * block + size - 1 > first_query
-    return (
-        _flat(*_kept(number, used & ~masked), grid),
-        _flat(*_kept(number, used & masked), grid),
-        sizes,
-    )
+    full, partly = (_flat(*_kept(number, used & which), grid) for which in (~masked, masked))
+    return _Split(full, partly, sizes)
 
 
 def _kept(number: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
@@ -265,9 +276,10 @@ def _allowed(rows: Tensor, blocks: Tensor, sizes: Tensor, grid: _Grid) -> Tensor
     return allowed & (key <= query.unsqueeze(-1))
 
 
-def _additive(allowed: Tensor) -> Tensor:
+def _additive(allowed: Tensor, dtype: torch.dtype) -> Tensor:
     """0 where allowed, else -inf, with a dimension for the one head."""
-    return torch.zeros(allowed.shape, device=allowed.device).masked_fill_(~allowed, -torch.inf).unsqueeze(1)
+    zeros = torch.zeros(allowed.shape, dtype=dtype, device=allowed.device)
+    return zeros.masked_fill_(~allowed, -torch.inf).unsqueeze(1)
 
 
 def _merge(out: Tensor, lse: Tensor, rows: Tensor, part: Tensor, part_lse: Tensor) -> None:

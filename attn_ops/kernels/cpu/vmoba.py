@@ -1,12 +1,13 @@
 """VMoBA on CPU: for every chunk of keys, gather the queries that chose it and run torch's flash operator on them.
 
 The results of a query's chunks are merged by lse. Keys are never gathered: a chunk is a slice in tile order.
-All arithmetic is fp32, for the reason given in block_sparse.py.
+All arithmetic is fp32, for the reason given in gathered.py, or fp64 where `precision` asks for it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from ...blocks.chunk_choice import ChunkRule, choose_chunks, chunk_gates, own_ch
 from ...blocks.tiles import Tiling
 from ...layout import empty_result, like_query
 from ..lse_gradient import with_lse_gradient
+from .precision import exact_operands
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
@@ -26,17 +28,22 @@ def attention(
     """q: (B, Hq, S, D), k, v: (B, Hkv, S, D). Returns out like q and lse (B, Hq, S) fp32."""
     if q.numel() == 0:
         return empty_result(q)
-    keys, values = (tiling.to_tiles(x).float() for x in (k, v))
-    queries = q.float().contiguous()
+    out, lse = _attend(q.float(), k.float(), v.float(), _chosen(q, k, tiling, rule), tiling, scale)
+    return like_query(out, q), lse
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, chosen: Tensor, tiling: Tiling, scale: float) -> tuple[Tensor, Tensor]:
+    """Attention to the chosen chunks, (B, Hq, S, C) bool, in fp32 or fp64."""
+    queries, keys, values = q.contiguous(), tiling.to_tiles(k), tiling.to_tiles(v)
     out, lse = empty_result(queries)
-    for head, kv_head, rows, chunk in _parts(_chosen(q, k, tiling, rule), tiling, k.shape[1]):
+    for head, kv_head, rows, chunk in _parts(chosen, tiling, k.shape[1]):
         part, part_lse = _flash(
             *(queries[head].index_select(0, rows)[None, None], keys[kv_head][None, None, chunk]),
             *(values[kv_head][None, None, chunk], 0.0, False),
             scale=scale,
         )
         _merge(out[head], lse[head], rows, part[0, 0], part_lse[0, 0])
-    return like_query(out, q), lse
+    return out, lse
 
 
 def attention_backward(
@@ -55,11 +62,13 @@ def attention_backward(
     """Gradients of `attention` for q, k and v, in their layouts: exact, with out and lse over all chunks of a query."""
     if q.numel() == 0:
         return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
-    chosen = _chosen(q, k, tiling, rule)
+    given, chosen = (q, k, v), _chosen(q, k, tiling, rule)
+    attend = partial(_attend, chosen=chosen, tiling=tiling, scale=scale)
+    grad_out, out, lse, q, k, v = exact_operands(attend, grad_out, out, lse, q, k, v)
 
     def by_chunk(grad_out: Tensor, out: Tensor, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        keys, values = (tiling.to_tiles(x).float() for x in (k, v))
-        per_query = [x.float().contiguous() for x in (grad_out, q, out)]
+        keys, values = tiling.to_tiles(k), tiling.to_tiles(v)
+        per_query = [x.contiguous() for x in (grad_out, q, out)]
         grad_q, grad_k, grad_v = (torch.zeros_like(x) for x in (per_query[1], keys, values))
         for head, kv_head, rows, chunk in _parts(chosen, tiling, k.shape[1]):
             gathered = [x[head].index_select(0, rows)[None, None] for x in per_query]
@@ -73,8 +82,8 @@ def attention_backward(
             grad_v[kv_head][chunk] += part_v[0, 0]
         return grad_q, tiling.from_tiles(grad_k), tiling.from_tiles(grad_v)
 
-    grads = with_lse_gradient(by_chunk, grad_out, grad_lse, out, q, k, v)
-    return like_query(grads[0], q), like_query(grads[1], k), like_query(grads[2], v)
+    grad_q, grad_k, grad_v = map(like_query, with_lse_gradient(by_chunk, grad_out, grad_lse, out, q, k, v), given)
+    return grad_q, grad_k, grad_v
 
 
 def _chosen(q: Tensor, k: Tensor, tiling: Tiling, rule: ChunkRule) -> Tensor:

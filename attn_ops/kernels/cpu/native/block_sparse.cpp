@@ -260,25 +260,56 @@ void forward_panel(const Call& c, const Panel& p, Scratch scratch) {
   for (int i = 0; i < p.queries; ++i) lse[i] = total[i] == 0 ? -INFINITY : largest[i] * LN_2 + logf(total[i]);
 }
 
-size_t backward_scratch(const Call& c) { return (5 * PANEL + 2 * KEYS) * padded(c.channels) + (4 * KEYS + 3) * PANEL; }
+size_t backward_scratch(const Call& c) { return (5 * PANEL + 2 * KEYS) * padded(c.channels) + (4 * KEYS + 5) * PANEL; }
+
+// sum(grad_out * out) of a query, both fp32.
+float product_with_out(const Call& c, const Panel& p, int64_t at, float* buffer) {
+  const int pitch = padded(c.channels);
+  load_row(buffer, token(c, c.out, p.batch, p.head, at), c.channels, FLOAT32);
+  load_row(buffer + pitch, token(c, c.grad_out, p.batch, p.head, at), c.channels, FLOAT32);
+  Vec sum = splat(0);
+  for (int d = 0; d < pitch; d += W) sum += load(buffer + d) * load(buffer + pitch + d);
+  float dot = 0;
+  for (int j = 0; j < W; ++j) dot += sum[j];
+  return dot;
+}
 
 // base: the lse in base 2, infinite where there is no query or it sees no key, so that every weight is 0 there.
-// delta: scale * (sum(grad_out * out) - grad_lse).
+// delta: scale * (sum(grad_out * out) - grad_lse), without the sum for halves: out is rounded there.
 void softmax_terms(const Call& c, const Panel& p, int lanes, float* base, float* delta, float* buffer) {
-  const int pitch = padded(c.channels);
   const int64_t first = (p.batch * c.heads + p.head) * c.seq_q + p.first;
   std::fill_n(base, lanes, INFINITY);
   std::fill_n(delta, lanes, 0.f);
   for (int i = 0; i < p.queries; ++i) {
-    load_row(buffer, token(c, c.out, p.batch, p.head, p.first + i), c.channels, (Dtype)c.dtype);
-    load_row(buffer + pitch, token(c, c.grad_out, p.batch, p.head, p.first + i), c.channels, (Dtype)c.dtype);
-    Vec sum = splat(0);
-    for (int d = 0; d < pitch; d += W) sum += load(buffer + d) * load(buffer + pitch + d);
-    float dot = 0;
-    for (int j = 0; j < W; ++j) dot += sum[j];
+    float dot = c.dtype == FLOAT32 ? product_with_out(c, p, p.first + i, buffer) : 0;
     if (c.grad_lse) dot -= c.grad_lse[first + i];
     delta[i] = dot * c.scale;
     if (c.lse[first + i] != -INFINITY) base[i] = c.lse[first + i] * LOG2_E;
+  }
+}
+
+// Adds the weights of s[key][query] to `total`, and their products with t to `product`.
+template <int NQ>
+void add_weighted(const float* s, const float* t, int keys, const float* base, float* total, float* product) {
+  for (int lane = 0; lane < NQ; lane += W) {
+    const Vec low = load(base + lane);
+    Vec sum = load(total + lane), dot = load(product + lane);
+    for (int k = 0; k < keys; ++k) {
+      const Vec weight = exp2(load(s + k * NQ + lane) - low);
+      sum += weight;
+      dot += weight * load(t + k * NQ + lane);
+    }
+    store(total + lane, sum);
+    store(product + lane, dot);
+  }
+}
+
+// Adds scale * sum(grad_out * out) to delta, as the mean of scale * grad_out . v under the weights.
+template <int NQ>
+void add_mean(const float* total, const float* product, float* delta) {
+  for (int lane = 0; lane < NQ; lane += W) {
+    const Vec sum = load(total + lane), mean = load(product + lane) / sum;
+    store(delta + lane, load(delta + lane) + select(sum, splat(0), splat(0), mean));
   }
 }
 
@@ -305,6 +336,7 @@ void backward_panel(const Call& c, const Panel& p, float* grad_k, float* grad_v,
   float *wide_k = scratch.take(KEYS * pitch), *wide_v = scratch.take(KEYS * pitch);
   float *s = scratch.take(KEYS * NQ), *t = scratch.take(KEYS * NQ), *packed = scratch.take(KEYS * NQ);
   float *base = scratch.take(NQ), *delta = scratch.take(NQ), *ones = scratch.take(NQ);
+  float *total = scratch.take(NQ), *product = scratch.take(NQ);
   softmax_terms(c, p, NQ, base, delta, q_rows);
   const char* grad_out = token(c, c.grad_out, p.batch, p.head, p.first);
   Arithmetic::template queries<NQ>(c, token(c, c.q, p.batch, p.head, p.first), c.q.token, p.queries, q, q_rows);
@@ -313,7 +345,8 @@ void backward_panel(const Call& c, const Panel& p, float* grad_k, float* grad_v,
   std::fill_n(ones, NQ, 1.f);
   const float factor = c.scale * LOG2_E;
   const int depth = Arithmetic::depth(channels), query_depth = Arithmetic::depth(p.queries);
-  for_keys(c, p, [&](const Keys& keys) {
+  // s = the scores in base 2, t = scale * grad_out . v
+  const auto products = [&](const Keys& keys) {
     const char* k_at = token(c, c.k, p.batch, p.kv_head, keys.first);
     const char* v_at = token(c, c.v, p.batch, p.kv_head, keys.first);
     const Rows k = Arithmetic::rows(c, k_at, c.k.token, keys.count, wide_k);
@@ -322,6 +355,19 @@ void backward_panel(const Call& c, const Panel& p, float* grad_k, float* grad_v,
     gemm<Element, SCALED>(keys.count, NQ, depth, v, g, NQ, t, NQ, &c.scale);
     if (keys.crosses) hide_future<NQ>(s, p, keys, -INFINITY), hide_future<NQ>(t, p, keys, 0);
     if (p.queries < NQ) hide_padding<NQ>(s, p, keys, -INFINITY), hide_padding<NQ>(t, p, keys, 0);
+  };
+  if (c.dtype != FLOAT32) {
+    // Where the softmax is sharp, t - delta nearly cancels: the rounding of out to a half would be 0.7% of grad_q.
+    std::fill_n(total, NQ, 0.f);
+    std::fill_n(product, NQ, 0.f);
+    for_keys(c, p, [&](const Keys& keys) {
+      products(keys);
+      add_weighted<NQ>(s, t, keys.count, base, total, product);
+    });
+    add_mean<NQ>(total, product, delta);
+  }
+  for_keys(c, p, [&](const Keys& keys) {
+    products(keys);
     softmax_gradient<NQ>(s, t, keys.count, base, delta);
     const Rows weights = Arithmetic::template over_queries<NQ>(s, keys.count, packed);
     float *grad_v_at = grad_v + keys.first * pitch, *grad_k_at = grad_k + keys.first * pitch;
@@ -329,6 +375,7 @@ void backward_panel(const Call& c, const Panel& p, float* grad_k, float* grad_v,
     const Rows grads = Arithmetic::template over_queries<NQ>(t, keys.count, packed);
     gemm<Element, ADDED>(keys.count, pitch, query_depth, grads, q_rows, pitch, grad_k_at, pitch, nullptr);
     const float* grad_scores = Arithmetic::template over_keys<NQ>(t, keys.count, packed);
+    const char* k_at = token(c, c.k, p.batch, p.kv_head, keys.first);
     const Rows k_columns = Arithmetic::columns(c, k_at, c.k.token, keys.count, wide_k);
     const int key_depth = Arithmetic::depth(keys.count);
     gemm<Element, RESCALED>(channels, NQ, key_depth, k_columns, grad_scores, NQ, grad_q, NQ, ones);
