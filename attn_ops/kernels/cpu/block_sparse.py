@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ...layout import empty_result
-from . import gathered
+from . import gathered, gathered_backward
 from .native import block_sparse as native
 from .native.library import kernel
 from .precision import gradient_dtype
@@ -62,5 +62,7 @@ def attention_backward(
     tensors = grad_out, grad_lse, out, lse, q, k, v, block_index, block_count, key_sizes
     library = kernel().library
     if library is None or gradient_dtype(q, lse) is torch.float64:
-        return gathered.attention_backward(*tensors, block_q=block_q, block_k=block_k, causal=causal, scale=scale)
+        return gathered_backward.attention_backward(
+            *tensors, block_q=block_q, block_k=block_k, causal=causal, scale=scale
+        )
     return native.attention_backward(library, *tensors, block_q=block_q, block_k=block_k, causal=causal, scale=scale)
