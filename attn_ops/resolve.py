@@ -52,14 +52,16 @@ def backward_kernel(
     causal: bool = False,
     window: int | None = None,
     layout: VideoLayout | None = None,
+    **params: ParamValue,
 ) -> Kernel:
-    """The backward kernel of a backend for these tensors.
+    """The backward kernel of a backend for these tensors and parameters.
 
     Raises:
         GradientError: if a provider is named that has no backward kernel.
         UnsupportedError: as for the forward.
     """
-    return _choose(name, provider, True, q.device, q.dtype, q.shape, k.shape, causal, window, None, layout, ())
+    shapes = q.device, q.dtype, q.shape, k.shape
+    return _choose(name, provider, True, *shapes, causal, window, None, layout, tuple(params.items()))
 
 
 def forget_choices() -> None:

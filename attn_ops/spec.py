@@ -122,8 +122,11 @@ class Support:
 
 _COMPLEMENT = {"keep_ratio": "sparsity", "sparsity": "keep_ratio"}
 
-TRITON_FORWARD = Support(grad=False, devices=("cuda",), min_sm=80, package="triton", min_version="3.6")
-"""The requirements of our Triton kernels that have no backward."""
+TRITON = Support(devices=("cuda",), min_sm=80, package="triton", min_version="3.6")
+"""The requirements of our Triton kernels."""
+
+TRITON_FORWARD = replace(TRITON, grad=False)
+"""Those of our Triton kernels that have no backward."""
 
 
 def later(module: str, name: str) -> Callable[[], Kernel]:

@@ -11,7 +11,7 @@ from ..checks import check_integers, check_qkv, default_scale
 from ..errors import ArgumentError
 from ..op import define_op
 from ..resolve import AUTO, backward_kernel, forward_kernel
-from ..spec import TRITON_FORWARD, BackendSpec, Provider, Support, later
+from ..spec import TRITON, BackendSpec, Provider, Support, later
 from ..vendors import fastvideo_kernel
 
 if TYPE_CHECKING:
@@ -181,7 +181,8 @@ BACKEND = BackendSpec(
             "triton",
             "pointer kernel for sm_80 and newer",
             load=later("kernels.triton.block_sparse", "attention"),
-            support=TRITON_FORWARD,
+            load_backward=later("kernels.triton.block_sparse_backward", "attention_backward"),
+            support=TRITON,
         ),
         Provider(
             "cpu",

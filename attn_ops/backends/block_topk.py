@@ -17,7 +17,7 @@ from ..checks import check_per_head, check_qkv, default_scale
 from ..errors import ArgumentError
 from ..op import define_op
 from ..resolve import AUTO, backward_kernel, forward_kernel
-from ..spec import TRITON_FORWARD, BackendSpec, Kernel, Param, Provider, Support, later
+from ..spec import TRITON, BackendSpec, Kernel, Param, Provider, Support, later
 
 NAME, OP = "block_topk", "block_topk_attention"
 BLOCKS = (16, 32, 64, 128)
@@ -235,7 +235,8 @@ BACKEND = BackendSpec(
             "triton",
             "selection and attention in Triton kernels for sm_80 and newer",
             load=_through("triton"),
-            support=TRITON_FORWARD,
+            load_backward=_backward_through("triton"),
+            support=TRITON,
         ),
         Provider(
             "cpu",

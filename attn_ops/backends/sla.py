@@ -18,7 +18,7 @@ from ..checks import default_scale
 from ..numerics.linear_attention import FEATURE_MAPS
 from ..op import define_op
 from ..resolve import AUTO, backward_kernel, forward_kernel
-from ..spec import TRITON_FORWARD, BackendSpec, Kernel, Param, Provider, Support, later
+from ..spec import TRITON, BackendSpec, Kernel, Param, Provider, Support, later
 
 NAME, OP = "sla", "sparse_linear_attention"
 BLOCKS = (16, 32, 64, 128)
@@ -217,7 +217,8 @@ BACKEND = BackendSpec(
             "triton",
             "linear branch in PyTorch, selection and attention in Triton kernels for sm_80 and newer",
             load=_through("attention", "triton"),
-            support=TRITON_FORWARD,
+            load_backward=_through("attention_backward", "triton"),
+            support=TRITON,
         ),
         Provider(
             "cpu",

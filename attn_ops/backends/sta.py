@@ -19,7 +19,7 @@ from ..checks import check_qkv, default_scale
 from ..errors import ArgumentError
 from ..op import define_op
 from ..resolve import AUTO, backward_kernel, forward_kernel
-from ..spec import TRITON_FORWARD, BackendSpec, Kernel, Param, Provider, Support, later
+from ..spec import TRITON, BackendSpec, Kernel, Param, Provider, Support, later
 
 NAME, OP = "sta", "sliding_tile_attention"
 
@@ -217,7 +217,8 @@ BACKEND = BackendSpec(
             "triton",
             "tiling in PyTorch, attention in the pointer kernel for sm_80 and newer",
             load=_through("attention", "triton"),
-            support=TRITON_FORWARD,
+            load_backward=_through("attention_backward", "triton"),
+            support=TRITON,
         ),
         Provider(
             "cpu",

@@ -18,7 +18,7 @@ from ..checks import check_qkv, default_scale
 from ..errors import ArgumentError
 from ..op import define_op
 from ..resolve import AUTO, backward_kernel, forward_kernel
-from ..spec import TRITON_FORWARD, BackendSpec, Param, Provider, Support, later
+from ..spec import TRITON, BackendSpec, Param, Provider, Support, later
 
 NAME, OP = "vmoba", "vmoba_attention"
 
@@ -166,7 +166,8 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     settings = dict(zip(_SETTINGS, given, strict=True))
     plan = _check(q, k, v, **settings)
-    kernel = backward_kernel(NAME, settings["provider"], q, k)
+    choice = {name: settings[name] for name in ("select", "threshold_type", "compat")}
+    kernel = backward_kernel(NAME, settings["provider"], q, k, **choice)
     grads: tuple[Tensor, Tensor, Tensor] = kernel(grad_out, grad_lse, out, lse, q, k, v, **plan._asdict())
     return grads
 
@@ -233,7 +234,8 @@ BACKEND = BackendSpec(
             "triton",
             "queries regrouped by chunk in PyTorch, attention in the pointer kernel for sm_80 and newer",
             load=lambda: partial(later("kernels.chunk_rows", "attention")(), provider="triton"),
-            support=TRITON_FORWARD,
+            load_backward=lambda: partial(later("kernels.chunk_rows", "attention_backward")(), provider="triton"),
+            support=TRITON,
             why_not=_why_not_rows,
         ),
         Provider(

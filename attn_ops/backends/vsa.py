@@ -22,7 +22,7 @@ from ..errors import ArgumentError
 from ..op import define_op
 from ..param import numbers
 from ..resolve import AUTO, backward_kernel, forward_kernel
-from ..spec import TRITON_FORWARD, BackendSpec, Kernel, Param, Provider, Support, later
+from ..spec import TRITON, BackendSpec, Kernel, Param, Provider, Support, later
 from ..vendors import fastvideo_kernel
 
 NAME, OP = "vsa", "video_sparse_attention"
@@ -226,7 +226,8 @@ BACKEND = BackendSpec(
             "triton",
             "tiling in PyTorch, selection and attention in Triton kernels for sm_80 and newer",
             load=_through("triton", "attention"),
-            support=TRITON_FORWARD,
+            load_backward=_through("triton", "attention_backward"),
+            support=TRITON,
         ),
         Provider(
             "cpu",

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..capability import Capability
-from ..spec import TRITON_FORWARD
+from ..spec import TRITON
 from . import topk
 
 
@@ -43,4 +43,4 @@ def count_to_mass(weights: Tensor, mass: Tensor) -> Tensor:
 
 def runs_triton(device: torch.device) -> bool:
     """Whether our Triton kernels run on that device, as its providers require."""
-    return device.type == "cuda" and not TRITON_FORWARD.why_not_on(Capability.current(device))
+    return device.type == "cuda" and not TRITON.why_not_on(Capability.current(device))

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import pytest
 import torch
 from support.triton_aot import ARCHS, SHARED_LIMIT, CompiledKernel, gpu
 from torch import Tensor
 
-from sparseattn.attn_ops.kernels.triton import block_sparse, sage
+from sparseattn.attn_ops.kernels.triton import block_sparse, block_sparse_backward, sage
 from sparseattn.attn_ops.kernels.triton.tiles import block_sparse_tile
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+BACKWARD = ["grad_q_kernel", "grad_q_kernel", "_mark", "_list_rows", "grad_kv_kernel"]
+"""What the gradients compile; in fp32 that of the queries is not computed again."""
 MODES = pytest.mark.parametrize("masked", [False, True], ids=["plain", "causal"])
 
 
@@ -25,13 +28,35 @@ def launch_block_sparse(
     dtype: torch.dtype, head_dim: int, block: int, masked: bool, seq_q: int = 256, seq_k: int = 256, heads: int = 4
 ) -> None:
     """Launch on whole blocks, or with every mask there is: causal, short last block and key sizes."""
+    given, options = block_sparse_call(dtype, head_dim, (block, block), masked, seq_q, seq_k, heads)
+    block_sparse.attention(*given, **options)
+
+
+def launch_block_sparse_backward(
+    dtype: torch.dtype,
+    head_dim: int,
+    blocks: tuple[int, int],
+    masked: bool,
+    seq_q: int = 256,
+    seq_k: int = 256,
+    heads: int = 4,
+) -> None:
+    """Likewise the gradients, with masks through lse too."""
+    given, options = block_sparse_call(dtype, head_dim, blocks, masked, seq_q, seq_k, heads)
+    lse = torch.zeros(1, heads, seq_q)
+    results = given[0], lse if masked else None, given[0], lse
+    block_sparse_backward.attention_backward(*results, *given, **options)
+
+
+def block_sparse_call(
+    dtype: torch.dtype, head_dim: int, blocks: tuple[int, int], masked: bool, seq_q: int, seq_k: int, heads: int
+) -> tuple[list[Tensor | None], dict[str, Any]]:
     seq_k -= 10 * masked
-    blocks_q, blocks_k = -(-seq_q // block), -(-seq_k // block)
+    blocks_q, blocks_k = -(-seq_q // blocks[0]), -(-seq_k // blocks[1])
     index = torch.zeros(1, heads, blocks_q, blocks_k, dtype=torch.int32)
     sizes = torch.zeros(blocks_k, dtype=torch.int32) if masked else None
-    q, k, v = qkv(dtype, head_dim, seq_q, seq_k, heads)
-    options = {"block_q": block, "block_k": block, "causal": masked, "scale": 0.1}
-    block_sparse.attention(q, k, v, index, index[..., 0], sizes, **options)
+    options = {"block_q": blocks[0], "block_k": blocks[1], "causal": masked, "scale": 0.1}
+    return [*qkv(dtype, head_dim, seq_q, seq_k, heads), index, index[..., 0], sizes], options
 
 
 def launch_sage(
@@ -52,10 +77,14 @@ def launch_sage(
 
 def check(kernels: list[CompiledKernel], arch: int) -> CompiledKernel:
     (kernel,) = kernels
+    check_resources(kernel, arch)
+    return kernel
+
+
+def check_resources(kernel: CompiledKernel, arch: int) -> None:
     assert kernel.spilled == 0, kernel
     assert kernel.shared <= SHARED_LIMIT[arch], kernel
     assert 0 < kernel.registers <= 255, kernel
-    return kernel
 
 
 def instructions(kernel: CompiledKernel) -> set[str]:
@@ -105,6 +134,37 @@ def test_block_sparse_keeps_the_pipeline_full() -> None:
     with gpu(90) as kernels:
         launch_block_sparse(BF16, 128, 64, masked=False)
     assert check(kernels, 90).shared >= 2 * tile.stages * tile.keys * 128 * 2
+
+
+@pytest.mark.parametrize(
+    ("arch", "dtype", "head_dim", "blocks", "masked"),
+    [
+        *((arch, BF16, head_dim, (64, 64), True) for arch in ARCHS for head_dim in (64, 128)),
+        *((90, BF16, head_dim, (128, 64), False) for head_dim in (64, 128)),
+        *((arch, BF16, 64, (128, 64), True) for arch in (80, 100)),
+        *((arch, BF16, head_dim, (128, 128), True) for arch, head_dim in ((90, 64), (90, 128), (100, 64))),
+        *((arch, BF16, 256, (64, 64), True) for arch in (80, 90)),
+        *((90, FP32, head_dim, (64, 64), True) for head_dim in (64, 256)),
+        (80, FP16, 80, (96, 20), True),
+    ],
+    ids=str,
+)
+def test_block_sparse_backward(
+    arch: int, dtype: torch.dtype, head_dim: int, blocks: tuple[int, int], masked: bool
+) -> None:
+    with gpu(arch) as kernels:
+        launch_block_sparse_backward(dtype, head_dim, blocks, masked)
+    assert [kernel.name for kernel in kernels] == BACKWARD[dtype == FP32 :]
+    for kernel in kernels:
+        check_resources(kernel, arch)
+
+
+def test_block_sparse_backward_has_no_atomics() -> None:
+    """They would add in the order in which programs happen to run."""
+    with gpu(90) as kernels:
+        launch_block_sparse_backward(BF16, 64, (64, 64), masked=True)
+    for kernel in kernels:
+        assert not re.search(r"\b(ATOMG?|RED)\b", kernel.sass), kernel
 
 
 @MODES
@@ -173,3 +233,13 @@ def test_one_kernel_for_every_length_and_number_of_heads(kernel: str) -> None:
                     launch_block_sparse(BF16, 64, 64, True, seq_q, seq_k, heads)
     (compiled,) = kernels
     assert len(compiled.launches) == 3 * len(LENGTHS)
+
+
+def test_one_set_of_backward_kernels_for_every_short_length_and_grouping() -> None:
+    lengths = [(seq_q, seq_k) for seq_q, seq_k in LENGTHS if seq_q % 64]
+    with gpu(90) as kernels:
+        for heads in (4, 6, 16):
+            for seq_q, seq_k in lengths:
+                launch_block_sparse_backward(BF16, 64, (64, 64), True, seq_q, seq_k, heads)
+    assert [kernel.name for kernel in kernels] == BACKWARD
+    assert {len(kernel.launches) for kernel in kernels} == {3 * len(lengths)}

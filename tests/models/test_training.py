@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 import sparseattn
@@ -158,3 +162,36 @@ def test_selective_checkpointing_sees_our_ops(saved: bool, runs: int, monkeypatc
     policy = Policy([Rule("block_topk", params={"keep_ratio": 0.5, **BLOCKS})])
     compiled(model, policy, "aot_eager")(torch.randn(1, 2, 64, 16, requires_grad=True)).sum().backward()
     assert len(ran) == runs
+
+
+@pytest.fixture
+def _process_group() -> Iterator[None]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("_process_group")
+def test_fully_sharded() -> None:
+    """What is added is sharded with the block that owns it, and trains to the same losses."""
+    policy, losses = POLICIES["sla"], []
+    for sharded in (False, True):
+        torch._dynamo.reset()
+        model = wan().train()
+        conversion = sparseattn.convert(model, policy, batch())
+        if sharded:
+            mesh = init_device_mesh("cpu", (1,))
+            for block in model.blocks:
+                fully_shard(block, mesh=mesh)
+            fully_shard(model, mesh=mesh)
+            assert all(isinstance(parameter, DTensor) for parameter in conversion.parameters())
+        run = torch.compile(model, backend="sparseattn", options={"policy": policy, "inner_backend": "aot_eager"})
+        optimizer = torch.optim.AdamW(model.parameters(), lr=3e-2)
+        for step in range(4):
+            loss = loss_of(run, batch(step))
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+        assert any(float(parameter.detach().abs().max()) > 0 for parameter in conversion.parameters())
+    assert losses[:4] == losses[4:]

@@ -11,6 +11,7 @@ import triton.language as tl
 
 LOG2_E = 1.4426950408889634
 LN_2 = tl.constexpr(0.6931471805599453)
+_LOG2_E = tl.constexpr(LOG2_E)
 
 
 @triton.jit
@@ -21,6 +22,19 @@ def load(pointers, mask):
     else:
         tile = tl.load(pointers, mask=mask, other=0.0)
     return tile
+
+
+@triton.jit
+def tile_pointers(X, strides, batch, head, first, ROWS: tl.constexpr, DIM: tl.constexpr):
+    """Pointers to tokens first ... first + ROWS - 1 of X (batch, head, token, channel), (ROWS, DIM)."""
+    X += batch * strides[0] + head * strides[1] + first.to(tl.int64) * strides[2]
+    return X + tl.arange(0, ROWS)[:, None] * strides[2] + tl.arange(0, DIM)[None, :]
+
+
+@triton.jit
+def tile_mask(row_exists, HEAD_DIM: tl.constexpr, DIM: tl.constexpr):
+    """Mask of a tile (ROWS, DIM): the rows that exist, and the channels before the padding."""
+    return row_exists[:, None] & (tl.arange(0, DIM) < HEAD_DIM)[None, :]
 
 
 @triton.jit
@@ -52,3 +66,9 @@ def finish(acc, total, top, PEAK_LOG2: tl.constexpr):
     some = tl.where(total == 0.0, 1.0, total)
     lse = tl.where(total == 0.0, float("-inf"), top + tl.math.log2(some) - PEAK_LOG2)
     return acc / some[:, None], lse
+
+
+@triton.jit
+def base_of(lse):
+    """The lse in base 2, for weights 2 ** (score - base); infinite in a row that saw no key, where they are 0."""
+    return tl.where(lse == float("-inf"), float("inf"), lse * _LOG2_E)

@@ -42,6 +42,37 @@ def block_sparse_tile(arch: int, itemsize: int, dim: int, block_q: int, block_k:
     return tile._replace(rows=_tile_within(block_q, tile.rows), keys=_tile_within(block_k, tile.keys))
 
 
+def block_sparse_grad_q_tile(arch: int, itemsize: int, dim: int, block_q: int, block_k: int) -> Tile:
+    """Return the tile of the gradient of queries, of `block_sparse_tile`'s arguments."""
+    large = arch in _LARGE_SHARED_MEMORY
+    if itemsize == 4:
+        tile = Tile(32 if dim <= 128 else 16, 32 if dim <= 64 else 16, 4, 2)
+    elif dim > 128:
+        tile = Tile(32, 16, 8, 2)
+    elif dim == 128 and not large:
+        tile = Tile(64, 64, 8, 2)
+    elif block_q % 128 == 0:
+        tile = Tile(128, 64, 8, 2)
+    else:
+        tile = Tile(64, 64, 4, 3 if dim <= 64 else 2)
+    return tile._replace(rows=_tile_within(block_q, tile.rows), keys=_tile_within(block_k, tile.keys))
+
+
+def block_sparse_grad_kv_tile(arch: int, itemsize: int, dim: int, block_q: int, block_k: int) -> Tile:
+    """Return the tile of the gradients of keys and values, of `block_sparse_tile`'s arguments."""
+    large = arch in _LARGE_SHARED_MEMORY
+    if itemsize == 4:
+        tile = Tile(32, 32, 8, 2) if dim <= 64 else Tile(16, 16, 8, 2)
+    elif dim > 128:
+        tile = Tile(64 if large else 32, 32, 8, 2)
+    elif dim == 128 and not large:
+        tile = Tile(64, 64, 8, 2)
+    else:
+        rows = 32 if dim == 128 or arch in _TENSOR_MEMORY else 64
+        tile = Tile(rows, 128, 8, 2) if block_k % 128 == 0 else Tile(rows, 64, 4, 2)
+    return tile._replace(rows=_tile_within(block_q, tile.rows), keys=_tile_within(block_k, tile.keys))
+
+
 def sage_tile(dim: int) -> Tile:
     """Return the tile of quantized attention with `dim` padded channels, on every architecture."""
     return Tile(128, 64, 8, 3) if dim <= 128 else Tile(64, 64, 8, 2)
