@@ -42,3 +42,22 @@ def test_tiny_video_data_and_checkpoint() -> None:
     )
     assert done.returncode == 0, done.stderr
     assert float(done.stdout) < 0.1  # a trained model explains the velocity; fresh weights give about 1
+
+
+def test_finetune_sla(tmp_path: Path) -> None:
+    """Two steps of one student on small batches: it measures, learns from dense, and writes what it says."""
+    code = (
+        "import sys, finetune_sla as example\n"
+        "example.BATCH, example.HELD_OUT, example.STUDENTS = 1, 1, example.STUDENTS[:2]\n"
+        f"sys.argv = ['finetune_sla', '--steps', '2', '--out', {str(tmp_path)!r}]\n"
+        "example.main()\n"
+        "sla, sparse = example.STUDENTS\n"
+        "assert sla.switched == sparse.switched and sla.tuned != sparse.tuned\n"
+        "assert all(one.tuned < one.switched and len(one.losses) == 2 for one in (sla, sparse))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=False, cwd=EXAMPLES
+    )
+    assert done.returncode == 0, done.stderr
+    assert "sparse 90 %       6 / 64" in done.stdout
+    assert {file.name for file in tmp_path.iterdir()} == {"losses.png", "contact_sheet.png", "results.json"}

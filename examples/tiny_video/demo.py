@@ -21,7 +21,6 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # the profiler reads it when tor
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
-from PIL import Image, ImageDraw
 from torch import Tensor
 from torch.autograd.profiler import profile
 from torch.autograd.profiler_util import FunctionEvent
@@ -30,10 +29,10 @@ import sparseattn
 
 from model import NOISE_SHIFT, TOKENS_PER_FRAME, initial_noise, load_model, parameter_count
 from shapes import sample_captions
+from sheet import contact_sheet
 
 DENSE = "dense"
 POLICIES = ("exact", "auto", "fast")
-_SHEET_FRAMES, _ZOOM, _MARGIN = 8, 2, 60
 _PROFILED = 5
 
 
@@ -109,22 +108,6 @@ def psnr(clip: Tensor, reference: Tensor) -> float:
     return math.inf if error == 0 else 10 * math.log10(4 / error)
 
 
-def contact_sheet(runs: list[Run]) -> Image.Image:
-    """Frames of every run, one row each, dense above."""
-    rows = []
-    for run in runs:
-        frames = run.clip[0].clamp(-1, 1).add(1).mul(127.5).byte()
-        chosen = frames[:, torch.linspace(0, frames.shape[1] - 1, _SHEET_FRAMES).long()]
-        tile = torch.nn.functional.pad(chosen, (1, 1, 1, 1), value=60)
-        rows.append(tile.permute(2, 1, 3, 0).flatten(1, 2))
-    picture = torch.cat(rows).repeat_interleave(_ZOOM, dim=0).repeat_interleave(_ZOOM, dim=1)
-    sheet = Image.new("RGB", (picture.shape[1] + _MARGIN, picture.shape[0]), "white")
-    sheet.paste(Image.fromarray(picture.numpy()), (_MARGIN, 0))
-    for row, run in enumerate(runs):
-        ImageDraw.Draw(sheet).text((8, (row + 0.5) * picture.shape[0] / len(runs) - 6), run.name, fill="black")
-    return sheet
-
-
 def print_times(runs: list[Run]) -> None:
     """Seconds, ratios to dense, and PSNR against dense."""
     dense = runs[0]
@@ -157,7 +140,7 @@ def main() -> None:
     print_times(runs)
     options.out.mkdir(parents=True, exist_ok=True)
     sheet = options.out / "contact_sheet.png"
-    contact_sheet(runs).save(sheet)
+    contact_sheet({run.name: run.clip for run in runs}).save(sheet)
     print(f"\nframes, dense above: {sheet}")
 
 
