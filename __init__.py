@@ -18,11 +18,16 @@ from sparseattn.attn_ops.capability import Capability
 from sparseattn.attn_ops.registry import backends, register
 from sparseattn.attn_ops.schedule import Schedule
 from sparseattn.attn_ops.video_layout import VideoLayout
+from sparseattn.lowering.fingerprint import fingerprint
+from sparseattn.lowering.measured import Measured, MeasuredRule
 from sparseattn.lowering.policy import Policy, Rule
 from sparseattn.lowering.precedence import use_policy
+from sparseattn.lowering.sta_strategy import StaStrategy
 from sparseattn.lowering.steps import step_callback, steps
 
 if TYPE_CHECKING:
+    from sparseattn.fx_passes.calibration.calibrate import calibrate
+    from sparseattn.fx_passes.calibration.samples import Sample
     from sparseattn.fx_passes.convert import Conversion, convert, unconvert
     from sparseattn.fx_passes.explain import explain
     from sparseattn.fx_passes.publish import last_report
@@ -34,14 +39,20 @@ __all__ = [
     "BlockIndex",
     "Capability",
     "Conversion",
+    "Measured",
+    "MeasuredRule",
     "Policy",
     "Report",
     "Rule",
+    "Sample",
     "Schedule",
+    "StaStrategy",
     "VideoLayout",
     "backends",
+    "calibrate",
     "convert",
     "explain",
+    "fingerprint",
     "last_report",
     "nn",
     "ops",
@@ -54,6 +65,8 @@ __all__ = [
 
 # These bring Dynamo with them, so they are imported when first used.
 _LAZY = {
+    "Sample": "sparseattn.fx_passes.calibration.samples",
+    "calibrate": "sparseattn.fx_passes.calibration.calibrate",
     "Conversion": "sparseattn.fx_passes.convert",
     "convert": "sparseattn.fx_passes.convert",
     "unconvert": "sparseattn.fx_passes.convert",

@@ -26,7 +26,8 @@ class Param:
         kind: its type where the default is None.
         repeats: a list may be given once for all heads, or once per head.
         tensor: name of the op's argument that takes it as a tensor, () or (Hq,), in its place; "" if there is none.
-            With one, it may be a list with a number for each head, or a Schedule over steps.
+            With one, it may be a list with a number for each head, or a Schedule over steps. A list of sizes is
+            flattened, and its Schedule is a table.
     """
 
     name: str
@@ -58,7 +59,8 @@ class Param:
 
     def _normal(self, value: object, where: str) -> ParamValue:
         if isinstance(self.default, tuple):
-            return self._list(value, where)
+            follows = self.tensor and isinstance(value, Schedule | Mapping)
+            return self._lists(self._schedule(value, where), where) if follows else self._list(value, where)
         if isinstance(value, Schedule | Mapping | list | tuple):
             return self._varying(value, where)
         return self._single(value, where)
@@ -72,6 +74,9 @@ class Param:
             if value and all(type(entry) in (int, float) and math.isfinite(entry) for entry in value):
                 return tuple(map(float, value))
             raise PolicyError(f"{where}: {self.name} must be a list of numbers, one for each head, got {value!r}.")
+        return self._schedule(value, where)
+
+    def _schedule(self, value: Any, where: str) -> Schedule:
         try:
             return value if isinstance(value, Schedule) else Schedule.parse(value)
         except PolicyError as error:
@@ -93,6 +98,15 @@ class Param:
             more = f"{wanted} int, or {wanted} for every head" if self.repeats else f"{wanted} int"
             raise PolicyError(f"{where}: {self.name} must be a list of {more}, got {value!r}. {self.doc}")
         return entries
+
+    def _lists(self, schedule: Schedule, where: str) -> Schedule:
+        """A table that has such a list, of one length, for every step."""
+        steps = [entry if isinstance(entry, tuple) else (entry,) for entry in schedule.extremes]
+        for entry in steps:
+            self._list([int(number) if number.is_integer() else number for number in entry], where)
+        if len(set(map(len, steps))) > 1:
+            raise PolicyError(f"{where}: {self.name} must have as many numbers at every step. {self.doc}")
+        return schedule
 
 
 def varies(value: object) -> TypeGuard[Schedule | tuple[float, ...]]:

@@ -188,7 +188,8 @@ class BackendSpec:
         support: requirements whoever computes it.
         why_not: further requirements.
         break_even: why it would not pay here, or None; asked only of rules with `only_if_faster`.
-        tolerance: relative L2 error to dense attention by dtype name (exact) or as a typical value (others).
+        tolerance: typical relative error to dense attention, by dtype name or as "typical". The self-check allows three
+            times as much.
         selectable: a policy may choose it (False for ops that need an argument no graph has, such as a block map).
         attached: the op's tensor arguments that the module around the attention may hand over: trained parameters.
     """
@@ -212,7 +213,7 @@ class BackendSpec:
         return [*self.support.why_not(call, capability), *self._per_head(call), *self.why_not(call, capability)]
 
     def _per_head(self, call: AttentionCall) -> list[str]:
-        varying = {param.name for param in self.params if param.tensor}
+        varying = {param.name for param in self.params if param.tensor and not isinstance(param.default, tuple)}
         return [
             f"{name} has {len(value)} values, one for each head, and there are {call.heads} heads"
             for name, given in call.params

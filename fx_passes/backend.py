@@ -6,6 +6,7 @@ one pass serves inference and training; nothing global is changed.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -17,6 +18,7 @@ from .cache import compile_with_inductor, guard_on_policy_state
 from .options import INDUCTOR, Options
 from .publish import publish
 from .rewrite import rewrite_graph
+from .self_check import compile_checked
 from .step_values import StepValues, with_room
 
 
@@ -34,7 +36,8 @@ def sparseattn_backend(
         example_inputs: its inputs, fake.
         mode: as in torch.compile, passed to Inductor.
         options: "policy" (a preset name, a path to a .toml or .json file, a dict or a Policy), "inner_backend",
-            "capability", "hoist_tiling" (False leaves the tiling in every site), "mode", and any Inductor option.
+            "capability", "hoist_tiling" (False leaves the tiling in every site), "check", "on_failure", "check_limit"
+            (comparison with dense attention, see docs/policy.md), "mode", and any Inductor option.
 
     Raises:
         PolicyError: on a wrong option or policy.
@@ -43,11 +46,22 @@ def sparseattn_backend(
     asked = Options.parse(mode, options)
     policy = effective_policy(asked.policy)
     guard_on_policy_state(policy)
-    if policy is not None and policy.varies:
+    compile_graph = functools.partial(_compile, asked, example_inputs)
+    if policy is None:
+        return compile_graph(gm, StepValues(gm))
+    rewrite = functools.partial(rewrite_graph, policy=policy, capability=asked.capability, hoist=asked.hoist_tiling)
+    if asked.check is not None:
+        return compile_checked(gm, asked.check, rewrite, compile_graph)
+    if policy.varies:
         gm = with_room(gm)
     values = StepValues(gm)
-    if policy is not None:
-        publish(rewrite_graph(gm, policy, asked.capability, hoist=asked.hoist_tiling, values=values))
+    publish(rewrite(gm, values=values))
+    return compile_graph(gm, values)
+
+
+def _compile(
+    asked: Options, example_inputs: Sequence[Any], gm: fx.GraphModule, values: StepValues
+) -> Callable[..., Any]:
     inputs = [*example_inputs, *values.examples()]
     if asked.inner_backend == INDUCTOR:
         return values.feed(compile_with_inductor(gm, inputs, asked.inductor))

@@ -60,30 +60,42 @@ def guard_on_policy_state(policy: Policy | None) -> None:
 
     That is when `use_policy` or the environment changes the policy, and at steps that other rules of `policy` cover.
     """
+    compiled_under = _state(policy)
+    guard_on(lambda: _state(policy) == compiled_under, "sparseattn policy unchanged")
+
+
+def guard_on(holds: Callable[[], bool], told: str) -> bool:
+    """Have Dynamo recompile the frame being compiled once `holds()` is false; `told` is what it logs.
+
+    Returns:
+        Whether it will: not where the backend is called without Dynamo, nor where this torch has no such guard.
+    """
     if torch._guards.TracingContext.try_get() is None:
-        return
+        return False
     from torch._dynamo.guards import install_guard
     from torch._dynamo.source import GlobalStateSource
 
     try:
-        install_guard(GlobalStateSource().make_guard(functools.partial(_build_guard, _state(policy), policy)))
+        install_guard(GlobalStateSource().make_guard(functools.partial(_build_guard, holds, told)))
     except (AttributeError, TypeError):
         _warn_once()
+        return False
+    return True
 
 
 def _state(policy: Policy | None) -> Hashable:
     return policy_state(), policy and policy.in_force(current_step())
 
 
-def _build_guard(compiled_under: object, policy: Policy | None, builder: Any, _guard: Any) -> None:
-    def unchanged(_scope: object) -> bool:
-        return _state(policy) == compiled_under
+def _build_guard(holds: Callable[[], bool], told: str, builder: Any, _guard: Any) -> None:
+    def check(_scope: object) -> bool:
+        return holds()
 
     root = builder.guard_manager.root
     try:
-        root.add_lambda_guard(unchanged, ["sparseattn policy unchanged"], None)
+        root.add_lambda_guard(check, [told], None)
     except TypeError:  # torch < 2.13 has no third argument
-        root.add_lambda_guard(unchanged, ["sparseattn policy unchanged"])
+        root.add_lambda_guard(check, [told])
 
 
 @functools.cache

@@ -1,19 +1,16 @@
-"""The command line: `sparseattn backends | explain | bench | env`.
+"""The command line: `sparseattn backends | explain | policy | bench | env`.
 
-Exit code 0 on success, 1 when a rule with mode="require" is not met, 2 on wrong use.
+Exit code 0 on success, 1 when a rule with mode="require" is not met, 2 on wrong use, 130 when interrupted; `policy`
+documents what 1 means for its verbs. What goes wrong is told on stderr, without a traceback.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib
-import importlib.util
 import json
 import platform
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -24,28 +21,40 @@ from ..attn_ops.errors import RequirementError, SparseAttnError
 from ..attn_ops.registry import backends
 from ..lowering.selection_table import selection_page
 from .bench import COLUMNS, measure
+from .cli_policy import add_policy
 from .explain import explain
 from .table import aligned
+from .target import TARGET, load_target, on_one_line
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     options = _parser().parse_args(arguments)
-    command: Callable[[argparse.Namespace], str] = options.command
+    command: Callable[[argparse.Namespace], str | tuple[str, int]] = options.command
     try:
-        print(command(options))
+        answer = command(options)
     except RequirementError as error:
         print(error, file=sys.stderr)
         return 1
     except SparseAttnError as error:
         print(error, file=sys.stderr)
         return 2
-    return 0
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    text, code = (answer, 0) if isinstance(answer, str) else answer
+    print(text)
+    return code
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="sparseattn", description="Faster attention in models nobody has to edit.")
-    verbs = parser.add_subparsers(required=True, metavar="backends | explain | bench | env")
+    parser = argparse.ArgumentParser(
+        prog="sparseattn",
+        description="Faster attention in models nobody has to edit.",
+        epilog='Exit code: 0; 1 if a rule with mode="require" is not met, or as policy diff and validate say; '
+        "2 on wrong use; 130 when interrupted.",
+    )
+    verbs = parser.add_subparsers(required=True, metavar="backends | explain | policy | bench | env")
     verb = verbs.add_parser("backends", help="what this machine, or another, can run, and what is missing")
     verb.add_argument("--capability", help='a machine by name, "sm90" or "cpu-avx512"; default: this one')
     form = verb.add_mutually_exclusive_group()
@@ -53,13 +62,14 @@ def _parser() -> argparse.ArgumentParser:
     form.add_argument("--markdown", action="store_true", help="the page docs/selection.md: what every machine gets")
     verb.set_defaults(command=_backends)
     verb = verbs.add_parser("explain", help="what a policy would do to a model, without running it")
-    verb.add_argument("target", help="FILE.py:NAME or package.module:NAME; NAME() returns (model, inputs)")
+    verb.add_argument("target", help=TARGET)
     verb.add_argument("--policy", help="a preset or a file; default: as torch.compile would choose")
     verb.add_argument("--capability", help='a machine by name, "sm90"; default: this one')
     form = verb.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true")
     form.add_argument("--html", action="store_true")
     verb.set_defaults(command=_explain)
+    add_policy(verbs)
     verb = verbs.add_parser("bench", help="time backends against dense SDPA on one shape")
     verb.add_argument("--shape", default="1,8,4096,64", help="B,H,S,D (default: %(default)s)")
     verb.add_argument("--backends", default="flash,block_topk", help="comma-separated (default: %(default)s)")
@@ -109,36 +119,12 @@ def _provider_rows(spec: Any, machine: Capability, here: bool) -> list[tuple[str
 
 
 def _explain(options: argparse.Namespace) -> str:
-    model, inputs = _target(options.target)
-    args, kwargs = ((), inputs) if isinstance(inputs, dict) else (inputs, {})
-    with torch.no_grad():
+    model, args, kwargs = load_target("explain", options.target)
+    with torch.no_grad(), on_one_line(f"explain: {options.target}"):
         report = explain(model, *args, policy=options.policy, capability=options.capability, **kwargs)
     if options.json:
         return report.to_json()
     return report.to_html() if options.html else str(report)
-
-
-def _target(target: str) -> Any:
-    """Call the function that `FILE.py:NAME` or `package.module:NAME` names."""
-    place, _, name = target.rpartition(":")
-    if not place:
-        raise SparseAttnError(f"explain: target must be FILE.py:NAME or package.module:NAME, got {target!r}.")
-    module = _load_file(Path(place)) if place.endswith(".py") else importlib.import_module(place)
-    if not hasattr(module, name):
-        raise SparseAttnError(f"explain: {place} has no {name!r}. It must be a function that returns (model, inputs).")
-    return getattr(module, name)()
-
-
-def _load_file(path: Path) -> ModuleType:
-    if not path.exists():
-        raise SparseAttnError(f"explain: there is no file {path}.")
-    sys.path.insert(0, str(path.parent))
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def _bench(options: argparse.Namespace) -> str:
@@ -148,7 +134,8 @@ def _bench(options: argparse.Namespace) -> str:
         raise SparseAttnError(f"bench: --shape must be four numbers B,H,S,D, got {options.shape!r}.") from None
     names = [name.strip() for name in options.backends.split(",")]
     dtype = getattr(torch, options.dtype)
-    rows = measure(names, (batch, heads, seq, dim), dtype, options.device, options.repeats)
+    with on_one_line("bench"):
+        rows = measure(names, (batch, heads, seq, dim), dtype, options.device, options.repeats)
     lines = [COLUMNS, *(row.cells() for row in rows)]
     if options.csv:
         return "\n".join(",".join(f'"{cell}"' if "," in cell else cell for cell in line) for line in lines)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import types
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from ..attn_ops.capability import Capability
 from ..attn_ops.errors import SparseAttnError
 from ..lowering.precedence import effective_policy
 from .normalize.graph import value_of
+from .notes import measured_elsewhere, unmatched_rules
 from .report import Report
 from .rewrite import rewrite_graph
 from .step_values import StepValues, with_room
@@ -42,7 +44,8 @@ def explain(
         kwargs: its keyword inputs.
 
     Returns:
-        The Report that compiling with this policy on that machine would give.
+        The Report that compiling with this policy on that machine would give. Its notes tell which rules match nothing
+        in the model, and whether the policy was measured on another one.
 
     Raises:
         PolicyError: if the policy is not valid.
@@ -67,7 +70,18 @@ def explain(
         if isinstance(failure.inner_exception, SparseAttnError):
             raise failure.inner_exception from None
         raise
-    return sum(reports[1:], reports[0]) if reports else Report(policy="disabled")
+    if chosen is None or not reports:
+        return Report(policy="disabled")
+    report = sum(reports[1:], reports[0])
+    return replace(report, notes=(*unmatched_rules(chosen, report.rows), *measured_elsewhere(chosen, model)))
+
+
+def traced_afresh(
+    model: Callable[..., Any], backend: str | Callable[..., Any], options: dict[str, Any] | None = None
+) -> Callable[..., Any]:
+    """The model compiled by a backend as if for the first time: it neither counts as a recompilation nor finds one."""
+    compiled = torch.compile(_fresh(_call), backend=backend, options=options)
+    return lambda *args, **kwargs: compiled(model, args, kwargs)
 
 
 def _call(model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -5,15 +5,54 @@ An unknown name is refused here with the nearest known one, before anything is c
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal, get_args
 
 from ..attn_ops.capability import Capability
 from ..attn_ops.errors import PolicyError, nearest
 
 INDUCTOR = "inductor"
-_OURS = ("policy", "inner_backend", "capability", "hoist_tiling", "mode")
+OnFailure = Literal["report", "demote", "raise"]
+_OURS = ("policy", "inner_backend", "capability", "hoist_tiling", "mode", "check", "on_failure", "check_limit")
+
+
+@dataclass(frozen=True)
+class CheckOptions:
+    """How the rewritten sites are compared with dense attention.
+
+    Args:
+        every: compare the first run of a graph and every so many; None for the first alone.
+        on_failure: what happens to a layer that is too far: it is reported, made dense, or an error.
+        limit: largest relative L1 of a site; None for that of its backend.
+    """
+
+    every: int | None = None
+    on_failure: OnFailure = "report"
+    limit: float | None = None
+
+    @classmethod
+    def parse(cls, given: dict[str, Any]) -> CheckOptions | None:
+        """Take `check`, `on_failure` and `check_limit` out of the options; None without a check.
+
+        Raises:
+            PolicyError: on a wrong value, or one of the others without `check`.
+        """
+        rest = {name: given.pop(name) for name in ("on_failure", "check_limit") if name in given}
+        if (check := given.pop("check", None)) is None:
+            if rest:
+                raise PolicyError(f'options: {" and ".join(rest)} must come with check. Add "check": "first".')
+            return None
+        on_failure, limit = rest.get("on_failure", "report"), rest.get("check_limit")
+        if check != "first" and not (type(check) is int and check > 0):
+            raise PolicyError(f'options: check must be "first" or a number of runs, at least 1, got {check!r}.')
+        if on_failure not in get_args(OnFailure):
+            names = " or ".join(f'"{name}"' for name in get_args(OnFailure))
+            raise PolicyError(f"options: on_failure must be {names}, got {on_failure!r}.")
+        if limit is not None and not (type(limit) in (int, float) and 0 < limit < math.inf):
+            raise PolicyError(f"options: check_limit must be a positive number, a relative L1, got {limit!r}.")
+        return cls(None if check == "first" else check, on_failure, limit)
 
 
 @dataclass(frozen=True)
@@ -25,6 +64,7 @@ class Options:
         inner_backend: the backend that compiles the rewritten graph.
         capability: the machine to decide for, or None for the one each tensor is on.
         hoist_tiling: keep tokens in tile order between sites, where that is exact.
+        check: how the rewritten sites are compared with dense attention; None if they are not.
         inductor: Inductor configuration, with that of `mode` filled in.
     """
 
@@ -32,6 +72,7 @@ class Options:
     inner_backend: str = INDUCTOR
     capability: Capability | None = None
     hoist_tiling: bool = True
+    check: CheckOptions | None = None
     inductor: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
@@ -47,12 +88,14 @@ class Options:
         policy = given.pop("policy", None)
         hoist = given.pop("hoist_tiling", True)
         mode = given.pop("mode", mode)
+        check = CheckOptions.parse(given)
         if not isinstance(hoist, bool):
             raise PolicyError(f"options: hoist_tiling must be true or false, got {hoist!r}.")
         if inner != INDUCTOR:
             _check_inner(inner, mode, given)
-            return cls(policy, inner, _capability(capability), hoist)
-        return cls(policy, inner, _capability(capability), hoist, {**_mode_options(mode), **_inductor_options(given)})
+            return cls(policy, inner, _capability(capability), hoist, check)
+        inductor = {**_mode_options(mode), **_inductor_options(given)}
+        return cls(policy, inner, _capability(capability), hoist, check, inductor)
 
 
 def _capability(given: str | Capability | None) -> Capability | None:

@@ -26,7 +26,7 @@ from .step_values import StepValues
 _META_KEYS = ("example_value", "val")
 
 
-def place_op(site: CallSite, decision: Decision, values: StepValues | None, attached: dict[str, fx.Node]) -> None:
+def place_op(site: CallSite, decision: Decision, values: StepValues | None, attached: dict[str, fx.Node]) -> fx.Node:
     """Replace the node of a site by the op that was chosen.
 
     Args:
@@ -34,6 +34,9 @@ def place_op(site: CallSite, decision: Decision, values: StepValues | None, atta
         decision: what to put there.
         values: takes the values that follow the steps; None where the graph has nobody to bring them.
         attached: arguments that the module of the site hands over.
+
+    Returns:
+        The node of its output, which every user of the site now reads.
 
     Raises:
         PolicyError: if such a value cannot reach the site.
@@ -44,12 +47,13 @@ def place_op(site: CallSite, decision: Decision, values: StepValues | None, atta
     op = getattr(torch.ops.sparseattn, decision.op).default
     with graph.inserting_before(node):
         operands = tuple(_unit_stride(graph, operand) for operand in (site.q, site.k, site.v))
-        pair = graph.call_function(op, operands, {**_arguments(site, decision, values), **attached})
+        pair = graph.call_function(op, operands, {**arguments_of(site, decision, values), **attached})
         out = graph.call_function(operator.getitem, (pair, 0))
         _describe_result(node, site.q, pair, out)
         result = _in_layout_of(node, out)
     node.replace_all_uses_with(result)
     graph.erase_node(node)
+    return result
 
 
 def _hold(site: CallSite, decision: Decision) -> None:
@@ -61,7 +65,7 @@ def _hold(site: CallSite, decision: Decision) -> None:
         int(size)
 
 
-def _arguments(site: CallSite, decision: Decision, values: StepValues | None) -> dict[str, Any]:
+def arguments_of(site: CallSite, decision: Decision, values: StepValues | None) -> dict[str, Any]:
     """Keyword arguments of the op: what the site asks, then what the rule set, then who computes it."""
     arguments: dict[str, Any] = {}
     if site.call.causal:

@@ -14,9 +14,8 @@ _last: Report | None = None
 
 def publish(report: Report) -> None:
     """Log a report and remember it. A graph without attention does not replace one that had some."""
-    global _last
     if report.rows or _last is None:
-        _last = report
+        remember(report)
     _log.info("%s", report.summary())
     for row in report.rows:
         _log.debug("%s: %s", row.module or row.source, row.decision)
@@ -27,6 +26,12 @@ def publish(report: Report) -> None:
     )
 
 
+def remember(report: Report) -> None:
+    """Have last_report() give this one."""
+    global _last
+    _last = report
+
+
 def last_report() -> Report | None:
-    """The report of the last graph that `backend="sparseattn"` compiled and had attention, or None."""
+    """The report of the last graph that `backend="sparseattn"` compiled, or checked, and had attention; or None."""
     return _last

@@ -16,6 +16,8 @@ from ..attn_ops.call import AttentionCall, dtype_name
 from ..attn_ops.schedule import Schedule
 from ..lowering.decision import Decision
 from .hoist_tiling import Hoisted
+from .site_check import COLUMNS as CHECK_COLUMNS
+from .site_check import SiteCheck
 from .table import aligned
 
 _COLUMNS = ("#", "layer", "kind", "B,H,S,D", "dtype", "chosen", "provider", "params", "rule", "why")
@@ -26,12 +28,18 @@ DENSE = "sdpa"
 
 @dataclass(frozen=True)
 class Row:
-    """One site: where it is, what it asks, what was decided."""
+    """One site: where it is, what it asks, what was decided, and how far that was from dense attention if compared."""
 
     module: str
     source: str
     call: AttentionCall
     decision: Decision
+    check: SiteCheck | None = None
+
+    @property
+    def name(self) -> str:
+        """The layer, else the line that asks."""
+        return self.module or self.source or "?"
 
     def cells(self) -> tuple[str, ...]:
         """The row's columns as text, without its number."""
@@ -44,7 +52,7 @@ class Row:
         chosen, provider = decision.backend or DENSE, decision.provider or "torch"
         dtype = dtype_name(call.dtype) if call.head_dim else "?"
         return (
-            self.module or self.source or "?",
+            self.name,
             call.kind,
             shape,
             dtype,
@@ -60,7 +68,8 @@ class Row:
         call = {**asdict(self.call), "dtype": dtype_name(self.call.dtype), "dynamic": list(self.call.dynamic)}
         params = {name: v.to_dict() if isinstance(v, Schedule) else v for name, v in self.decision.params}
         decision = {**asdict(self.decision), "params": params}
-        return {"module": self.module, "source": self.source, "call": call, "decision": decision}
+        check = {"check": self.check.to_dict()} if self.check else {}
+        return {"module": self.module, "source": self.source, "call": call, "decision": decision, **check}
 
 
 def _brief(value: object) -> str:
@@ -81,6 +90,7 @@ class Report:
         capability: the machine decided for, as text.
         hoisted: the tiling that was taken out of the sites.
         named: the backends that the policy names.
+        notes: where the policy does not fit what it is applied to.
     """
 
     rows: tuple[Row, ...] = ()
@@ -89,6 +99,7 @@ class Report:
     capability: str = ""
     hoisted: Hoisted = field(default_factory=Hoisted)
     named: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @property
     def decisions(self) -> tuple[Decision, ...]:
@@ -113,13 +124,22 @@ class Report:
         return f"{sites}: {counts} (policy {self.policy}, {self.capability}){tiling}"
 
     def __add__(self, other: Report) -> Report:
-        """The sites of both, for a model that compiles into several graphs."""
-        return replace(other, rows=self.rows + other.rows, hoisted=self.hoisted + other.hoisted)
+        """The sites of both, for a model that compiles into several graphs; notes on one graph alone are left out."""
+        return replace(other, rows=self.rows + other.rows, hoisted=self.hoisted + other.hoisted, notes=())
 
     def __str__(self) -> str:
-        table = aligned([_COLUMNS, *((str(i), *row.cells()) for i, row in enumerate(self.rows))]) if self.rows else []
+        table = aligned(self._table()) if self.rows else []
         title = f"sparseattn · policy {self.policy} ({self.policy_hash}) · {self.capability}"
-        return "\n".join([title, *table, self.summary(), *self._why_not()])
+        return "\n".join([title, *table, self.summary(), *(f"note: {note}" for note in self.notes), *self._why_not()])
+
+    def _table(self) -> list[tuple[str, ...]]:
+        """Heading and rows; with the columns of the self-check, before the last, only where one was made."""
+        table = [_COLUMNS, *((str(i), *row.cells()) for i, row in enumerate(self.rows))]
+        checks = [row.check for row in self.rows]
+        if not any(checks):
+            return table
+        added = [CHECK_COLUMNS, *(check.cells() if check else ("",) * len(CHECK_COLUMNS) for check in checks)]
+        return [(*line[:-1], *more, line[-1]) for line, more in zip(table, added, strict=True)]
 
     def _why_not(self) -> Iterator[str]:
         """Per candidate that the policy names, its reasons with the number of sites each applied to."""
@@ -148,6 +168,7 @@ class Report:
             "capability": self.capability,
             "summary": self.summary(),
             "hoisted": asdict(self.hoisted),
+            "notes": list(self.notes),
             "sites": [row.to_dict() for row in self.rows],
         }
 
@@ -157,16 +178,15 @@ class Report:
 
     def to_html(self) -> str:
         """The report as one self-contained HTML page."""
-        head = "".join(f"<th>{html.escape(column)}</th>" for column in _COLUMNS)
-        body = "".join(
-            f"<tr><td>{i}</td>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row.cells()) + "</tr>"
-            for i, row in enumerate(self.rows)
-        )
-        notes = "".join(f"<li>{html.escape(line.strip())}</li>" for line in list(self._why_not())[1:])
+        heading, *lines = self._table()
+        head = "".join(f"<th>{html.escape(column)}</th>" for column in heading)
+        body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in line) + "</tr>" for line in lines)
+        reasons = "".join(f"<li>{html.escape(line.strip())}</li>" for line in list(self._why_not())[1:])
+        notes = "".join(f"<p>Note: {html.escape(note)}</p>" for note in self.notes)
         return (
             "<!doctype html><meta charset='utf-8'><title>sparseattn report</title>"
             "<style>body{font:14px system-ui;margin:2em}table{border-collapse:collapse}"
             "td,th{padding:.3em .7em;border-bottom:1px solid #ccc;text-align:left}</style>"
             f"<h1>sparseattn</h1><p>{html.escape(self.summary())}, policy hash {html.escape(self.policy_hash)}</p>"
-            f"<table><tr>{head}</tr>{body}</table><h2>Why not</h2><ul>{notes}</ul>"
+            f"{notes}<table><tr>{head}</tr>{body}</table><h2>Why not</h2><ul>{reasons}</ul>"
         )

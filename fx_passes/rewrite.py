@@ -5,7 +5,7 @@ A site that stays dense is left, or put back, exactly as it was. Sub-graphs (che
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from torch import fx
@@ -23,8 +23,11 @@ from .hoist_tiling import Hoisted, hoist_tiling
 from .layouts import Grids
 from .normalize.multihead import opaque_sites, open_multihead
 from .normalize.unfused import fuse_unfused
+from .notes import unmatched_rules
 from .place_op import place_op
+from .probes import Probes
 from .report import Report, Row
+from .site_check import site_key
 from .sites import CallSite, find_sites, module_path, source_line
 from .step_values import StepValues
 
@@ -36,6 +39,8 @@ def rewrite_graph(
     *,
     hoist: bool = True,
     values: StepValues | None = None,
+    probes: Probes | None = None,
+    demoted: Mapping[Hashable, str] | None = None,
 ) -> Report:
     """Rewrite a graph and its sub-graphs in place, for the step that is set.
 
@@ -45,31 +50,33 @@ def rewrite_graph(
         capability: the machine to decide for; None means the one each site's tensors are on.
         hoist: keep tokens in tile order between sites, where that is exact.
         values: takes the values that follow the steps: the graph gains inputs for them. None where nobody brings them.
+        probes: put dense attention beside every rewritten site and compare. None where nobody reads the comparisons.
+        demoted: sites, by `site_key`, that stay dense whatever the policy says, and why.
 
     Raises:
         RequirementError: if a rule with mode="require" matches a site that its backend cannot serve.
         PolicyError: if a value that follows the steps cannot reach a site.
     """
-    trains = any(AttachedTensors(graph.graph).need_grad for graph in _graphs(module))
-    rewriter = _Rewriter(policy, capability, current_step(), Grids(module), values, trains)
-    rows = [row for graph in _graphs(module) for row in rewriter.rewrite(graph)]
+    trains = any(AttachedTensors(graph.graph).need_grad for graph in graphs_of(module))
+    rewriter = _Rewriter(policy, capability, current_step(), Grids(module), values, trains, probes, demoted or {})
+    rows = [row for graph in graphs_of(module) for row in rewriter.rewrite(graph)]
     # Only now: a grid is read in raster order, through the graphs before it.
-    hoisted = sum(map(hoist_tiling, _graphs(module) if hoist else ()), Hoisted())
-    for graph in _graphs(module):
+    hoisted = sum(map(hoist_tiling, graphs_of(module) if hoist else ()), Hoisted())
+    for graph in graphs_of(module):
         graph.graph.lint()
         graph.recompile()
     named = tuple(dict.fromkeys(name for rule in policy.rules for name in rule.use))
     machine = str(capability or _capability_of(rows))
-    return Report(tuple(rows), policy.name, policy.hash, machine, hoisted, named)
+    return Report(tuple(rows), policy.name, policy.hash, machine, hoisted, named, unmatched_rules(policy, rows))
 
 
-def _graphs(module: fx.GraphModule) -> Iterator[fx.GraphModule]:
+def graphs_of(module: fx.GraphModule) -> Iterator[fx.GraphModule]:
     """The graph and, depth first, the sub-graphs it uses; Dynamo leaves behind those of regions that it inlined."""
     yield module
     used = {node.target for node in module.graph.nodes if node.op in ("get_attr", "call_module")}
     for name, child in module.named_children():
         if isinstance(child, fx.GraphModule) and name in used:
-            yield from _graphs(child)
+            yield from graphs_of(child)
 
 
 @dataclass(frozen=True)
@@ -83,6 +90,8 @@ class _Rewriter:
     values: StepValues | None
     trains: bool
     """A module hands over what is trained: its gradient flows through every site, even where nothing else is."""
+    probes: Probes | None
+    demoted: Mapping[Hashable, str]
 
     def rewrite(self, module: fx.GraphModule) -> list[Row]:
         """Rewrite one graph, without its sub-graphs."""
@@ -99,7 +108,7 @@ class _Rewriter:
             if decision.is_dense:
                 dense.add(site.node)
             else:
-                place_op(site, decision, self.values, handed)
+                self._place(site, decision, handed)
         for site_node, record in records.items():
             if site_node in dense:
                 record.restore()
@@ -108,12 +117,27 @@ class _Rewriter:
         attached.erase()
         return [*rows, *opaque]
 
+    def _place(self, site: CallSite, decision: Decision, handed: dict[str, fx.Node]) -> None:
+        if self.probes is None:
+            place_op(site, decision, self.values, handed)
+        else:
+            dense = self.probes.keep_dense(site)
+            self.probes.compare(place_op(site, decision, self.values, handed), dense)
+
     def _decide(self, site: CallSite) -> Decision:
         machine = self.capability or Capability.current(site.device)
         decision = decide(site.call, machine, self.policy, module=site.module, step=self.step)
+        if why := self.demoted.get(site_key(site.module, site.source, site.call, decision)):
+            return _left_dense(decision, why)
         if site.grid.note:
             decision = replace(decision, why=f"{decision.why}; no token grid: {site.grid.note}")
         return decision
+
+
+def _left_dense(decision: Decision, why: str) -> Decision:
+    """The decision, overruled."""
+    rejected = ((f"{decision.backend}/{decision.provider}", (why,)), *decision.rejected)
+    return Decision(rule=decision.rule, rule_text=decision.rule_text, why=f"{why}. left dense", rejected=rejected)
 
 
 def _with_training(decision: Decision, handed: dict[str, fx.Node]) -> Decision:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,9 +22,7 @@ from ..attn_ops.schedule import Number, Schedule
 from ..attn_ops.step_range import Step
 from ..lowering.steps import current_step
 from .normalize.graph import value_of
-
-_TAKES_MORE = ("tag_activation_checkpoint", "wrap", "invoke_subgraph")
-"""Regions whose operands, the last arguments, are handed to their sub-graph as they are."""
+from .regions import HANDED_ON, region_name, regions_of
 
 
 @dataclass(frozen=True)
@@ -81,9 +79,9 @@ class StepValues:
 
     def _regions(self, graph: fx.Graph) -> list[fx.Node]:
         """The nodes that run a sub-graph."""
-        regions = [user for getter in _getters(self._root, graph) for user in getter.users]
+        regions = regions_of(self._root, graph)
         for region in regions:
-            if getattr(region.target, "__name__", "") not in _TAKES_MORE:
+            if region_name(region) not in HANDED_ON:
                 raise PolicyError(
                     f"a parameter that follows the steps or differs by head cannot enter a region of {region.target}. "
                     "Give its layers one number, in a rule of their own."
@@ -107,14 +105,17 @@ class StepValues:
 
 
 def with_room(module: fx.GraphModule) -> fx.GraphModule:
-    """A copy of a Dynamo graph that may gain inputs: Dynamo goes on to pass what its own graph asks for."""
+    """A copy of a Dynamo graph, which shares its sub-graphs, that may gain inputs and outputs: Dynamo keeps its own."""
     graph, nodes = fx.Graph(), dict[fx.Node, fx.Node]()
     graph.output(graph.graph_copy(module.graph, nodes))
     graph.output_node().meta = dict(module.graph.output_node().meta)
     for node in module.graph.find_nodes(op="placeholder"):
-        nodes[node]._dynamo_source = node._dynamo_source  # AOTAutograd reads it
+        if hasattr(node, "_dynamo_source"):  # AOTAutograd reads it; those of a sub-graph have none
+            nodes[node]._dynamo_source = node._dynamo_source
     copy = fx.GraphModule(module, graph)
-    copy.meta, copy._param_name_to_source = module.meta, module._param_name_to_source
+    copy.meta = module.meta
+    if hasattr(module, "_param_name_to_source"):
+        copy._param_name_to_source = module._param_name_to_source
     return copy
 
 
@@ -122,20 +123,10 @@ def _first(given: Schedule | tuple[float, ...]) -> Number:
     return given.extremes[0] if isinstance(given, Schedule) else given
 
 
-def _getters(module: fx.GraphModule, graph: fx.Graph) -> Iterator[fx.Node]:
-    """The get_attr nodes of a sub-graph, wherever they are."""
-    for node in module.graph.find_nodes(op="get_attr"):
-        child = getattr(module, node.target, None)
-        if isinstance(child, fx.GraphModule):
-            if child.graph is graph:
-                yield node
-            yield from _getters(child, graph)
-
-
 def _placeholder(graph: fx.Graph, value: _Value, like: fx.Node) -> fx.Node:
     last: Sequence[fx.Node] = graph.find_nodes(op="placeholder")
     with graph.inserting_after(last[-1]) if last else graph.inserting_before(next(iter(graph.nodes))):
-        node = graph.placeholder(f"sparseattn_{value.name}")
+        node = graph.placeholder(f"sparseattn_{value.name}_{len(last)}")  # two layers may follow schedules of their own
     with getattr(value_of(like), "fake_mode", None) or contextlib.nullcontext():
         shape = () if isinstance(number := _first(value.given), float) else (len(number),)
         node.meta["example_value"] = torch.empty(shape, dtype=torch.float32, device=value.device)

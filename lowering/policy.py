@@ -9,21 +9,19 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ..attn_ops.errors import PolicyError
 from ..attn_ops.param import varies
 from ..attn_ops.step_range import Step
-from .policy_file import SUFFIXES, parse_table, read_table, to_json, to_toml, write_table
+from .measured import Measured
+from .policy_file import SUFFIXES, VERSION, check_version, parse_table, read_table, to_json, to_toml, write_table
 from .rule import Mode, Rule
-from .rule_fields import as_text, wrong
+from .rule_fields import as_text
 
 __all__ = ["VERSION", "Mode", "Policy", "PolicySource", "Rule"]
-
-VERSION = 1
-"""Version of the schema of rules and files."""
 
 
 @dataclass(frozen=True)
@@ -34,14 +32,18 @@ class Policy:
         rules: the rules; stored as a tuple.
         name: what reports call it.
         version: version of the schema; only 1 exists.
+        measured: what the rules were measured on, and what came out; None if that is not known. It decides nothing, so
+            `==`, `hash()` and the hash of the report leave it out: adding it recompiles nothing.
 
     Raises:
-        PolicyError: if an argument has a wrong type, or the version is unknown.
+        PolicyError: if an argument has a wrong type, the version is unknown, or `measured` tells of a rule that is not
+            there.
     """
 
     rules: Sequence[Rule]
     name: str = "custom"
     version: int = VERSION
+    measured: Measured | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         rules: object = self.rules
@@ -49,8 +51,8 @@ class Policy:
             raise PolicyError(f'rules must be a list of Rule, got {rules!r}. Write for example [Rule("flash")].')
         object.__setattr__(self, "rules", tuple(rules))
         as_text("name", self.name)
-        if type(self.version) is not int or self.version != VERSION:
-            raise wrong("version", f"be {VERSION}, the only one this release knows", self.version)
+        check_version(self.version)
+        _check_measured(self.measured, len(rules))
 
     @classmethod
     def preset(cls, name: str) -> Policy:
@@ -94,8 +96,10 @@ class Policy:
             raise PolicyError(f"{where}: {error}") from None
 
     def to_dict(self) -> dict[str, Any]:
-        """The table that `load` reads: version, name and rules, without the fields that have their default."""
-        return {"version": self.version, "name": self.name, "rules": [rule.to_dict() for rule in self.rules]}
+        """The table that `load` reads: version, name, rules without fields that have their default, and measured."""
+        measured = {} if self.measured is None else {"measured": self.measured.to_dict()}
+        rules = [rule.to_dict() for rule in self.rules]
+        return {"version": self.version, "name": self.name, "rules": rules, **measured}
 
     def to_toml(self) -> str:
         """The policy as the text of a .toml file."""
@@ -128,10 +132,23 @@ class Policy:
 
     @property
     def hash(self) -> str:
-        """Twelve hexadecimal digits, the same everywhere. Labels are left out: policies of one hash decide alike."""
+        """Twelve hexadecimal digits, the same everywhere: policies of one hash decide alike.
+
+        Labels (`name`, every `why`) and what was measured are left out.
+        """
         rules = [{key: value for key, value in rule.to_dict().items() if key != "why"} for rule in self.rules]
         canonical = json.dumps([self.version, rules], sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(canonical.encode()).hexdigest()[:12]
+
+
+def _check_measured(measured: object, rules: int) -> None:
+    if measured is None:
+        return
+    if not isinstance(measured, Measured):
+        raise PolicyError(f"measured must be a Measured or None, got {measured!r}. Write Measured(error=0.013).")
+    for entry in measured.rules:
+        if entry.rule > rules:
+            raise PolicyError(f"measured: there is no rule {entry.rule}, the policy has {rules}. Correct or remove it.")
 
 
 PolicySource = Policy | Mapping[str, Any] | str | os.PathLike[str]

@@ -1,31 +1,39 @@
 """Policies as plain tables, and those as TOML or JSON text.
 
-One closed schema serves Python dictionaries and both formats: `version`, `name` and `rules`, a list of tables whose
-keys are the fields of `Rule`. An unknown key is an error.
+One closed schema serves Python dictionaries and both formats: `version`, `name`, `rules`, a list of tables whose keys
+are the fields of `Rule`, and `measured`, a table of the fields of `Measured`. An unknown key is an error.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from ..attn_ops.errors import PolicyError, nearest
+from .measured import Measured, MeasuredRule
 from .rule import Rule
+from .rule_fields import wrong
 
 if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
 
+VERSION = 1
+"""Version of the schema of rules and files."""
+
 SUFFIXES = (".toml", ".json")
 
-_KEYS = ("version", "name", "rules")
+_KEYS = ("version", "name", "rules", "measured")
 _RULE_KEYS = tuple(field.name for field in fields(Rule))
+_MEASURED_KEYS = tuple(field.name for field in fields(Measured))
+_MEASURED_RULE_KEYS = tuple(field.name for field in fields(MeasuredRule))
 
 
 def read_table(path: Path) -> object:
@@ -60,29 +68,73 @@ def _suffix(path: Path) -> str:
     return path.suffix
 
 
+def check_version(version: object) -> None:
+    """Raises PolicyError unless this release reads that version of the schema."""
+    if type(version) is int and version > VERSION:
+        raise PolicyError(
+            f"version must be {VERSION}, the newest that this release reads, got {version}. Update sparseattn."
+        )
+    if type(version) is not int or version != VERSION:
+        raise wrong("version", f"be {VERSION}, the only one this release knows", version)
+
+
 def parse_table(table: object, where: str) -> dict[str, Any]:
     """The arguments of `Policy`, from a table.
 
     Raises:
-        PolicyError: on an unknown key, a wrong type or an impossible rule; the message says where, as "p.toml: rule 2".
+        PolicyError: on a newer version, an unknown key, a wrong type or an impossible rule; the message says where, as
+            "p.toml: rule 2".
     """
+    if isinstance(table, Mapping) and "version" in table:  # first: a newer version may have other keys
+        with _at(where):
+            check_version(table["version"])
     given = _checked_keys(table, _KEYS, where)
     if "rules" not in given:
         raise PolicyError(f"{where}: rules is missing. Write a list of tables, each with at least use.")
-    rules = given["rules"]
+    given["rules"] = [_parse_rule(rule, place) for rule, place in _numbered(given["rules"], where, "rules")]
+    if "measured" in given:
+        given["measured"] = _parse_measured(given["measured"], f"{where}: measured")
+    return given
+
+
+def _numbered(rules: object, where: str, key: str) -> list[tuple[object, str]]:
+    """The items of a list of rules, each with its place."""
     if not isinstance(rules, list | tuple):
         raise PolicyError(
-            f"{where}: rules must be a list of tables, got {rules!r}. In TOML, begin each with [[rules]]."
+            f"{where}: rules must be a list of tables, got {rules!r}. In TOML, begin each with [[{key}]]."
         )
-    return {**given, "rules": [_parse_rule(rule, f"{where}: rule {number}") for number, rule in enumerate(rules, 1)]}
+    return [(rule, f"{where}: rule {number}") for number, rule in enumerate(rules, 1)]
 
 
 def _parse_rule(table: object, where: str) -> Rule:
     given = _checked_keys(table, _RULE_KEYS, where)
     if "use" not in given:
         raise PolicyError(f'{where}: use is missing. Write for example use = "flash".')
-    try:
+    with _at(where):
         return Rule(**given)
+
+
+def _parse_measured(table: object, where: str) -> Measured:
+    given = _checked_keys(table, _MEASURED_KEYS, where)
+    entries = _numbered(given.get("rules", ()), where, "measured.rules")
+    rules = [_parse_measured_rule(entry, place) for entry, place in entries]
+    with _at(where):
+        return Measured(**{**given, "rules": rules})
+
+
+def _parse_measured_rule(table: object, where: str) -> MeasuredRule:
+    given = _checked_keys(table, _MEASURED_RULE_KEYS, where)
+    if "rule" not in given:
+        raise PolicyError(f"{where}: rule is missing. Write the number of the rule, for example rule = 1.")
+    with _at(where):
+        return MeasuredRule(**given)
+
+
+@contextlib.contextmanager
+def _at(where: str) -> Iterator[None]:
+    """Put the place in front of an error."""
+    try:
+        yield
     except PolicyError as error:
         raise PolicyError(f"{where}: {error}") from None
 
@@ -102,10 +154,22 @@ def to_json(table: Mapping[str, Any]) -> str:
 
 
 def to_toml(table: Mapping[str, Any]) -> str:
-    """TOML text of a policy's table: its head, then one [[rules]] each."""
+    """TOML text of a policy's table: its head, then one [[rules]] each, then what was measured."""
     head = "\n".join(_line(key, table[key]) for key in ("version", "name"))
-    rules = ["\n".join(["[[rules]]", *(_line(key, value) for key, value in rule.items())]) for rule in table["rules"]]
-    return "\n\n".join([head, *(rules or ["rules = []"])]) + "\n"
+    rules = [_section("[[rules]]", rule) for rule in table["rules"]]
+    return "\n\n".join([head, *(rules or ["rules = []"]), *_measured_sections(table)]) + "\n"
+
+
+def _measured_sections(table: Mapping[str, Any]) -> list[str]:
+    if "measured" not in table:
+        return []
+    whole = {key: value for key, value in table["measured"].items() if key != "rules"}
+    by_rule = table["measured"].get("rules", [])
+    return [_section("[measured]", whole), *(_section("[[measured.rules]]", rule) for rule in by_rule)]
+
+
+def _section(heading: str, table: Mapping[str, Any]) -> str:
+    return "\n".join([heading, *(_line(key, value) for key, value in table.items())])
 
 
 def _line(key: str, value: object) -> str:

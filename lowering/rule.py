@@ -48,7 +48,7 @@ class Rule:
         only_if_faster: skip a backend where it says that it would not pay (shape or machine below its break-even).
         params: parameters of the backends; each backend takes those that it has. keep_ratio and sparsity are each
             1 minus the other, and a backend that has one takes either. A ratio or threshold may be a list with a number
-            for each head, or a Schedule (or its table) that follows the steps.
+            for each head, or a Schedule (or its table) that follows the steps; `window` of sta follows them as a table.
         layout: VideoLayout of the sites, as one, a table or (T, H, W); None takes what the graph shows, if anything.
         why: a reason for the reader of the file and of the report.
 

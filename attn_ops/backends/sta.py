@@ -6,12 +6,13 @@ Any canvas, tile and head_dim: tiles that the border cuts short are padded, and 
 from __future__ import annotations
 
 import functools
+import statistics
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, cast
 
 from torch import Tensor, ops
 
-from ..blocks.sliding_tiles import check_window, fitted, window_density
+from ..blocks.sliding_tiles import check_window, check_windows, fitted, window_density
 from ..blocks.tiles import Tiling, tiling_of
 from ..call import AttentionCall
 from ..capability import Capability
@@ -19,6 +20,7 @@ from ..checks import check_qkv, default_scale
 from ..errors import ArgumentError
 from ..op import define_op
 from ..resolve import AUTO, backward_kernel, forward_kernel
+from ..schedule import Schedule
 from ..spec import TRITON, BackendSpec, Kernel, Param, Provider, Support, later
 
 NAME, OP = "sta", "sliding_tile_attention"
@@ -38,6 +40,7 @@ def sliding_tile_attention(
     text_first: bool = False,
     tile: Sequence[int] = (6, 8, 8),
     window: Sequence[int] = (3, 3, 3),
+    windows: Tensor | None = None,
     text_length: int | None = None,
     tiled: bool = False,
     scale: float | None = None,
@@ -58,6 +61,8 @@ def sliding_tile_attention(
         text_first: the text comes before the video, not after it.
         tile: (t, h, w) tokens of a tile. The last tile of an axis may be short.
         window: (t, h, w) in tiles; or three numbers per query head, flattened.
+        windows: (3,) or (3 * Hq,) whole numbers of any real dtype on q's device, in place of `window`: they change from
+            call to call without compiling again. Below 1 counts as 1.
         text_length: valid tokens of text, the first ones; what follows is padding of the prompt that nobody sees. Its
             queries get a row like any other token of text: drop it. None means all.
         tiled: q, k and v are in tile order already, with S = Tiling.padded_tokens, and so are the results. The rows of
@@ -83,6 +88,7 @@ def sliding_tile_attention(
         text_first=text_first,
         tile=tile,
         window=window,
+        windows=windows,
         text_length=text_length,
         tiled=tiled,
         scale=scale,
@@ -95,7 +101,7 @@ class _Plan(NamedTuple):
     """What the kernels are given beside q, k and v."""
 
     tiling: Tiling
-    window: tuple[int, ...]
+    window: tuple[int, ...] | Tensor
     text_length: int | None
     tiled: bool
     scale: float
@@ -111,6 +117,7 @@ def _check(
     text_first: bool = False,
     tile: Sequence[int] = (6, 8, 8),
     window: Sequence[int] = (3, 3, 3),
+    windows: Tensor | None = None,
     text_length: int | None = None,
     tiled: bool = False,
     scale: float | None = None,
@@ -120,13 +127,16 @@ def _check(
     if k.shape[2] != q.shape[2]:
         raise ArgumentError(OP, "k", f"have q's {q.shape[2]} tokens", k.shape[2], "Leave cross-attention dense.")
     check_window(OP, window, q.shape[1])
+    if windows is not None:
+        check_windows(OP, windows, q)
     if text_length is not None and not 0 <= text_length <= text_tokens:
         raise ArgumentError(OP, "text_length", f"be in 0 ... text_tokens = {text_tokens}", text_length)
     tiling = tiling_of(
         *(OP, q.shape[2]), grid=grid, tile=tile, text_tokens=text_tokens, text_first=text_first, tiled=tiled
     )
     tiling = tiling if tiled else fitted(tiling)
-    return _Plan(tiling, tuple(window), text_length, tiled, default_scale(scale, q.shape[-1]))
+    given = tuple(window) if windows is None else windows
+    return _Plan(tiling, given, text_length, tiled, default_scale(scale, q.shape[-1]))
 
 
 def _forward(
@@ -139,13 +149,15 @@ def _forward(
     text_first: bool = False,
     tile: Sequence[int] = (6, 8, 8),
     window: Sequence[int] = (3, 3, 3),
+    windows: Tensor | None = None,
     text_length: int | None = None,
     tiled: bool = False,
     scale: float | None = None,
     provider: str = AUTO,
 ) -> tuple[Tensor, Tensor]:
     places: dict[str, Any] = {"grid": grid, "text_tokens": text_tokens, "text_first": text_first, "tile": tile}
-    plan = _check(q, k, v, **places, window=window, text_length=text_length, tiled=tiled, scale=scale)
+    settings: dict[str, Any] = {"window": window, "windows": windows, "text_length": text_length, "tiled": tiled}
+    plan = _check(q, k, v, **places, **settings, scale=scale)
     kernel = forward_kernel(NAME, provider, q, k)
     result: tuple[Tensor, Tensor] = kernel(q, k, v, **plan._asdict())
     return result
@@ -167,19 +179,24 @@ def _through(kernel: str, provider: str) -> Callable[[], Kernel]:
     return lambda: functools.partial(load(), provider=provider)
 
 
+def _windows(call: AttentionCall) -> list[tuple[int, ...]]:
+    """The window of the call; of a schedule that of every step."""
+    given = cast(tuple[int, ...] | Schedule, call.param("window"))
+    steps = given.extremes if isinstance(given, Schedule) else (given,)
+    return [tuple(map(int, window)) for window in cast(tuple[tuple[float, ...], ...], steps)]
+
+
 def _why_not(call: AttentionCall, _capability: Capability) -> list[str]:
-    window = call.param("window")
-    if not isinstance(window, tuple) or len(window) in (3, 3 * call.heads):
-        return []
-    return [f"window is given for {len(window) // 3} heads, the call has {call.heads}"]
+    heads = len(_windows(call)[0]) // 3
+    return [] if heads in (1, call.heads) else [f"window is given for {heads} heads, the call has {call.heads}"]
 
 
 def _break_even(call: AttentionCall, capability: Capability) -> str | None:
     if call.layout is None:
         return None
-    tile, window = cast(tuple[int, int, int], call.param("tile")), cast(tuple[int, ...], call.param("window"))
-    tiling = fitted(Tiling(call.layout, tile))
-    work = window_density(tiling, window) * (tiling.padded_tokens / call.layout.tokens) ** 2
+    tiling = fitted(Tiling(call.layout, cast(tuple[int, int, int], call.param("tile"))))
+    density = statistics.fmean(window_density(tiling, window) for window in _windows(call))
+    work = density * (tiling.padded_tokens / call.layout.tokens) ** 2
     most = _MOST_WORK.get(capability.device, 1.0)
     if work < most:
         return None
@@ -189,7 +206,7 @@ def _break_even(call: AttentionCall, capability: Capability) -> str | None:
 _op = define_op(
     OP,
     "*, int[] grid, int text_tokens=0, bool text_first=False, int[] tile=[6,8,8], int[] window=[3,3,3], "
-    "int? text_length=None, bool tiled=False, float? scale=None, str provider='auto'",
+    "Tensor? windows=None, int? text_length=None, bool tiled=False, float? scale=None, str provider='auto'",
     forward=_forward,
     backward=_backward,
     check=_check,
@@ -204,7 +221,7 @@ BACKEND = BackendSpec(
     paper="https://arxiv.org/abs/2502.04507",
     params=(
         Param("tile", (6, 8, 8), "Tokens of a tile: time, height, width.", low=1),
-        Param("window", (3, 3, 3), "Tiles of a window: time, height, width.", low=1, repeats=True),
+        Param("window", (3, 3, 3), "Tiles of a window: time, height, width.", low=1, repeats=True, tensor="windows"),
         Param("text_length", None, "Valid tokens of text; what follows is padding.", low=0, kind=int),
     ),
     support=Support(layout=True, causal=False, cross=False),

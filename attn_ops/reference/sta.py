@@ -23,7 +23,7 @@ def sliding_tile_attention(
     v: Tensor,
     *,
     tiling: Tiling,
-    window: tuple[int, ...],
+    window: tuple[int, ...] | Tensor,
     text_length: int | None,
     tiled: bool,
     scale: float,
@@ -43,7 +43,7 @@ def sliding_tile_attention_backward(
     v: Tensor,
     *,
     tiling: Tiling,
-    window: tuple[int, ...],
+    window: tuple[int, ...] | Tensor,
     text_length: int | None,
     tiled: bool,
     scale: float,
@@ -54,9 +54,11 @@ def sliding_tile_attention_backward(
 
 
 def allowed_tokens(
-    tiling: Tiling, window: tuple[int, ...], text_length: int | None, *, tiled: bool, device: torch.device
+    tiling: Tiling, window: tuple[int, ...] | Tensor, text_length: int | None, *, tiled: bool, device: torch.device
 ) -> Tensor:
     """(heads or 1, S, S) bool, True where a query may see a key: in raster order, or in tile order with its padding."""
+    if isinstance(window, Tensor):
+        window = tuple(max(int(size), 1) for size in window.tolist())
     tile, valid = _in_tile_order(tiling, text_length) if tiled else _in_raster_order(tiling, text_length)
     text = (tile < 0).any(dim=-1)
     masks = []

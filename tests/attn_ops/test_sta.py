@@ -15,13 +15,13 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.attention.flex_attention import flex_attention
 
 import sparseattn
-from sparseattn import Policy, Rule, VideoLayout
+from sparseattn import Policy, Rule, Schedule, VideoLayout
 from sparseattn.attn_ops.backends import sta as backend
 from sparseattn.attn_ops.blocks.sliding_tiles import window_density, window_index, window_mask
 from sparseattn.attn_ops.blocks.tiles import Tiling
 from sparseattn.attn_ops.call import AttentionCall
 from sparseattn.attn_ops.capability import Capability
-from sparseattn.attn_ops.errors import ArgumentError, RequirementError
+from sparseattn.attn_ops.errors import ArgumentError, PolicyError, RequirementError
 from sparseattn.attn_ops.op import same_defaults
 from sparseattn.attn_ops.reference import sta as reference
 
@@ -208,6 +208,34 @@ def test_head_dims(dim: int) -> None:
     check("text before", inputs("text before", dim=dim), 1e-5)
 
 
+@pytest.mark.parametrize("provider", ["cpu", "reference"])
+@pytest.mark.parametrize("name", CASES)
+def test_windows_in_a_tensor(name: str, provider: str) -> None:
+    arguments = {**CASES[name][2], "provider": provider}
+    windows = torch.tensor(arguments["window"], dtype=torch.float32)
+    given = [x.requires_grad_() for x in inputs(name)]
+    fixed, brought = OP(*given, **arguments), OP(*given, **arguments | {"window": [9, 9, 9]}, windows=windows)
+    torch.testing.assert_close(brought, fixed)
+    gradients = [torch.autograd.grad(out.square().sum() + lse.sum(), given) for out, lse in (fixed, brought)]
+    torch.testing.assert_close(gradients[1], gradients[0])
+
+
+def test_one_graph_serves_all_windows() -> None:
+    counter, given = CompileCounterWithBackend("aot_eager"), inputs("whole tiles")
+    arguments = CASES["whole tiles"][2]
+    attend = torch.compile(lambda w: OP(*given, **arguments, windows=w), backend=counter, fullgraph=True)
+    for window in ([1, 1, 1], [3, 1, 2], [0, -4, 99], [1, 1, 3, 2, 2, 2]):
+        wanted = OP(*given, **arguments | {"window": [max(size, 1) for size in window]})
+        torch.testing.assert_close(attend(torch.tensor(window)), wanted)
+    assert counter.frame_count == 2  # one for all heads alike, one for each its own
+
+
+@pytest.mark.parametrize("windows", [torch.ones(2), torch.ones(1, 3), torch.ones(3, dtype=torch.bool), torch.ones(9)])
+def test_a_tensor_of_windows_is_checked(windows: Tensor) -> None:
+    with pytest.raises(ArgumentError, match=r"windows must be real numbers of shape \(3,\) or \(6,\), three per query"):
+        OP(*inputs("whole tiles"), **CASES["whole tiles"][2], windows=windows)
+
+
 def test_windows_over_everything_are_dense_attention() -> None:
     q, k, v = inputs("short tiles")
     out, _ = OP(q, k, v, **CASES["short tiles"][2] | {"window": (9, 9, 9)})
@@ -249,6 +277,8 @@ def test_padding_of_keys_is_never_read() -> None:
 def test_opcheck(name: str, dtype: torch.dtype, strided: bool) -> None:
     given = [x.requires_grad_(dtype is torch.float32) for x in inputs(name, dtype, strided)]
     torch.library.opcheck(OP.default, tuple(given), CASES[name][2])
+    windows = torch.tensor(CASES[name][2]["window"])
+    torch.library.opcheck(OP.default, tuple(given), CASES[name][2] | {"windows": windows})
 
 
 def test_defaults_are_those_of_the_schema_and_the_spec() -> None:
@@ -345,6 +375,27 @@ def test_reasons() -> None:
     per_head = a_call(params={"window": (1, 1, 1) * 3})
     assert spec.reasons(per_head, cpu) == ["window is given for 3 heads, the call has 4"]
     assert spec.reasons(a_call(params={"window": (1, 1, 1) * 4}), cpu) == []
+    for heads, reasons in ((1, []), (3, ["window is given for 3 heads, the call has 4"]), (4, [])):
+        table = Schedule(kind="table", values=((1.0, 1.0, 3.0) * heads, (3.0,) * 3 * heads))
+        assert spec.reasons(a_call(params={"window": table}), cpu) == reasons
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"kind": "linear", "start": 1.0, "end": 3.0},
+        {"kind": "table", "values": [1.0, 3.0]},
+        {"kind": "table", "values": [[1.0, 3.0]]},
+        {"kind": "table", "values": [[1.0, 3.0, 0.5]]},
+        {"kind": "table", "values": [[1.0, 3.0, 0.0]]},
+        {"kind": "table", "values": [[1.0, 1.0, 1.0], [1.0] * 6]},
+    ],
+)
+def test_a_schedule_of_windows_is_a_table_of_three_positive_ints(wrong: dict[str, Any]) -> None:
+    with pytest.raises(PolicyError, match=r"window must (be a list of 3 int|be in \[1, None\]|have as many numbers)"):
+        Rule("sta", params={"window": wrong})
+    with pytest.raises(PolicyError, match="tile must be a list of 3 int"):
+        Rule("sta", params={"tile": wrong})
 
 
 def test_wide_windows_do_not_pay() -> None:
@@ -357,3 +408,5 @@ def test_wide_windows_do_not_pay() -> None:
     wide = a_call(params={"tile": (4, 4, 4), "window": (3, 4, 4)})
     assert ask(wide, cpu) == "the windows are 75% of dense attention, padding included; it pays below 60%"
     assert ask(wide, gpu) is None
+    steps = Schedule(kind="table", values=((1.0, 3.0, 3.0), (3.0, 4.0, 4.0)))  # 9 / 64 and 48 / 64
+    assert ask(a_call(params={"tile": (4, 4, 4), "window": steps}), cpu) is None

@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+from sparseattn.fx_passes import cli
 from sparseattn.fx_passes.cli import main
 
 _SCRIPT = """
@@ -47,6 +48,23 @@ def test_wrong_use_is_told(tmp_path, capsys: pytest.CaptureFixture[str]) -> None
     assert "B,H,S,D" in capsys.readouterr().err
     assert main(["bench", "--shape", "1,1,64,16", "--backends", "flsh"]) == 2
     assert "flash" in capsys.readouterr().err
+
+
+def test_an_interruption_is_told_without_a_traceback(monkeypatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "measure", interrupted)
+    assert main(["bench", "--shape", "1,1,64,16"]) == 130
+    told = capsys.readouterr()
+    assert (told.out, told.err) == ("", "interrupted\n")
+
+
+def test_a_device_that_is_not_there_is_told_on_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "--shape", "1,1,64,16", "--device", "nowhere"]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("bench: RuntimeError: ")
+    assert err.count("\n") == 1
 
 
 def test_bench_and_env_run(capsys: pytest.CaptureFixture[str]) -> None:

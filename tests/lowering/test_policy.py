@@ -278,7 +278,7 @@ def test_hash_follows_the_order_of_rules():
         ({"rules": ["plain"]}, "rules must be a list of Rule"),
         ({"rules": Rule("dense")}, "rules must be a list of Rule"),
         ({"rules": [], "name": 3}, "name must be a str, got 3"),
-        ({"rules": [], "version": 2}, "version must be 1, the only one this release knows, got 2"),
+        ({"rules": [], "version": 2}, "version must be 1, the newest that this release reads, got 2. Update"),
         ({"rules": [], "version": "1"}, "version must be 1"),
         ({"rules": [], "version": True}, "version must be 1"),
     ],

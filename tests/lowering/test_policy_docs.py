@@ -6,7 +6,7 @@ import pytest
 
 from sparseattn.lowering import precedence, presets
 from sparseattn.lowering.policy import Policy
-from sparseattn.lowering.policy_file import _RULE_KEYS
+from sparseattn.lowering.policy_file import _MEASURED_KEYS, _MEASURED_RULE_KEYS, _RULE_KEYS
 
 PAGE = (Path(__file__).parents[2] / "docs" / "policy.md").read_text(encoding="utf-8")
 
@@ -27,6 +27,14 @@ def test_the_spellings_are_one_policy(tmp_path):
     assert len(from_toml.rules) == 3
 
 
+def test_the_example_of_what_was_measured_is_complete(tmp_path):
+    path = tmp_path / "wan.toml"
+    path.write_text(block("toml", "[[rules]]") + block("toml", "[measured]"), encoding="utf-8")
+    measured = Policy.load(path).measured
+    assert set(measured.to_dict()) == set(_MEASURED_KEYS)
+    assert set(measured.rules[0].to_dict()) == set(_MEASURED_RULE_KEYS)
+
+
 def test_the_python_example_runs():
     names: dict[str, object] = {}
     exec(block("python", "policy = Policy("), names)
@@ -36,5 +44,5 @@ def test_the_python_example_runs():
 
 
 def test_every_field_preset_and_variable_is_on_the_page():
-    for name in (*_RULE_KEYS, *presets.PRESETS, precedence.DISABLE, precedence.POLICY):
+    for name in (*_RULE_KEYS, *_MEASURED_KEYS, *presets.PRESETS, precedence.DISABLE, precedence.POLICY):
         assert f"`{name}`" in PAGE

@@ -1,0 +1,224 @@
+"""calibrate: within the budget, better than one setting for all, the same after an interruption, and clear refusals."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import sparseattn
+from sparseattn import Policy, Rule, Sample
+from sparseattn.attn_ops.errors import PolicyError
+from sparseattn.fx_passes.calibration import measure
+from sparseattn.fx_passes.calibration.output_error import OutputError
+from sparseattn.fx_passes.explain import traced_afresh
+
+SEQ, HEADS, DIM = 256, 4, 16
+RATIOS = (0.75, 0.5, 0.25, 0.125)
+LADDER = [Rule("block_topk", params={"keep_ratio": ratio, "block_q": 16, "block_k": 16}) for ratio in RATIOS]
+
+
+class Attention(nn.Module):
+    """Self-attention whose heads are sharp or flat: what a sharp head sees is in few blocks."""
+
+    def __init__(self, sharpness: list[float]) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(HEADS * DIM, 3 * HEADS * DIM)
+        self.sharpness = torch.tensor(sharpness).view(1, HEADS, 1, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, HEADS, DIM)).permute(2, 0, 3, 1, 4)
+        out = nn.functional.scaled_dot_product_attention(q * self.sharpness, k, v)
+        return x + out.transpose(1, 2).flatten(2)
+
+
+@pytest.fixture
+def model() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(Attention([0.1, 4.0, 4.0, 0.1]), Attention([8.0, 8.0, 8.0, 8.0])).eval()
+
+
+def smooth(seed: int) -> Tensor:
+    """Tokens that change slowly, as those of a picture do: near ones attend to each other."""
+    noise = torch.randn(1, SEQ, HEADS * DIM, generator=torch.Generator().manual_seed(seed))
+    return noise.cumsum(dim=1) / 8
+
+
+def samples(count: int = 3) -> list[tuple[Tensor]]:
+    return [(smooth(seed),) for seed in range(count)]
+
+
+def error_of(model: nn.Module, policy: Policy, given: list[Any]) -> float:
+    run = traced_afresh(model, "sparseattn", {"policy": policy, "inner_backend": "eager"})
+    with torch.no_grad():
+        pairs = [(run(*args), model(*args)) for args in given]
+    return float(
+        sum((ours - dense).abs().sum() for ours, dense in pairs) / sum(dense.abs().sum() for _, dense in pairs)
+    )
+
+
+def kept(policy: Policy, sites: int = 2) -> float:
+    """The mean ratio over all heads of all sites."""
+    total = 0.0
+    for rule in policy.rules:
+        ratio = dict(rule.params)["keep_ratio"]
+        total += sum(ratio) / len(ratio) if isinstance(ratio, tuple) else ratio
+    return (total + sites - len(policy.rules)) / sites
+
+
+def calibrated(model: Any, given: Any = None, **options: Any) -> Policy:
+    given = samples() if given is None else given
+    return sparseattn.calibrate(
+        model, given, **{"budget": 0.02, "candidates": LADDER, "objective": "work", "progress": False, **options}
+    )
+
+
+@pytest.mark.parametrize("budget", [0.005, 0.1, 0.3])
+def test_the_true_error_is_within_the_budget_and_told(model: nn.Module, budget: float) -> None:
+    policy = calibrated(model, budget=budget)
+    assert policy.measured is not None
+    error = error_of(model, policy, samples())
+    assert error == pytest.approx(policy.measured.error, rel=1e-4, abs=1e-7)
+    assert error <= budget == policy.measured.budget
+    assert kept(policy) < 1.0
+    assert policy.measured.model == sparseattn.fingerprint(model)
+
+
+def test_more_budget_keeps_less(model: nn.Module) -> None:
+    ratios = [kept(calibrated(model, budget=budget)) for budget in (0.005, 0.1, 0.3)]
+    assert ratios == sorted(ratios, reverse=True)
+    assert len(set(ratios)) == 3
+
+
+def test_better_than_one_setting_at_the_same_work(model: nn.Module) -> None:
+    """Flat heads get more blocks than sharp ones; a uniform ratio gives all the same."""
+    policy = calibrated(model, budget=0.02)
+    assert policy.measured is not None
+    uniform = Policy([Rule("block_topk", params={"keep_ratio": kept(policy), "block_q": 16, "block_k": 16})])
+    assert error_of(model, uniform, samples()) > 1.5 * error_of(model, policy, samples())
+
+
+def test_a_budget_too_small_for_anything_leaves_all_dense(model: nn.Module) -> None:
+    policy = calibrated(model, budget=1e-9)
+    assert policy.rules == ()
+    assert policy.measured is not None
+    assert policy.measured.error == 0.0
+
+
+def test_by_time_uses_what_was_measured(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where dense attention is the fastest by the clock, it stays, whatever the budget."""
+    calls = []
+
+    def timed(run: Callable[[], Tensor]) -> tuple[Tensor, float]:
+        calls.append(run)
+        return run(), 1.0 if len(calls) % (len(LADDER) + 1) == 1 else 2.0
+
+    monkeypatch.setattr(measure, "_timed", timed)
+    assert calibrated(model, budget=10.0, objective="time").rules == ()
+    assert len(calls) == 2 * 3 * (len(LADDER) + 1)
+
+
+def test_steps_are_served_differently_in_one_graph(model: nn.Module) -> None:
+    """Late samples are smoother, so that fewer blocks do; the table follows the steps."""
+    given = [Sample((smooth(step) * (0.2 if step < 4 else 1.0),), step=step) for step in range(8)]
+    policy = calibrated(model, given, budget=0.1, total_steps=8, buckets=2)
+    tables = [dict(rule.params)["keep_ratio"] for rule in policy.rules if rule.steps is None]
+    assert tables
+    for table in tables:
+        assert len(table.values) == 8
+        assert len(set(table.values[:4])) == len(set(table.values[4:])) == 1
+    assert Policy.load(policy.to_dict()) == policy
+
+
+def test_an_interrupted_calibration_goes_on(model: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = calibrated(model)
+    state = tmp_path / "state.pt"
+    ran: list[int] = []
+    probe = measure.Probe.__call__
+
+    def interrupted(self: measure.Probe, *args: Any) -> None:
+        ran.append(1)
+        if len(ran) == 4:  # in the second sample
+            raise KeyboardInterrupt
+        probe(self, *args)
+
+    monkeypatch.setattr(measure.Probe, "__call__", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        calibrated(model, state=state)
+    assert state.exists()
+    again = calibrated(model, state=state)
+    assert again.to_toml() == whole.to_toml()
+    assert len(ran) == 4 + 2 * 2  # the first sample was not measured again
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_one_interrupted_while_it_verifies_does_not_measure_again(
+    model: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = calibrated(model)
+
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(OutputError, "add", stop)
+        with pytest.raises(KeyboardInterrupt):
+            calibrated(model, state=tmp_path / "state.pt")
+    monkeypatch.setattr(measure.Probe, "__call__", stop)
+    assert calibrated(model, state=tmp_path / "state.pt").to_toml() == whole.to_toml()
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"given": []}, "no samples. Give at least one tuple"),
+        ({"given": [3]}, "a sample is a tuple of arguments"),
+        ({"budget": 0}, "budget must be a positive number"),
+        ({"budget": -0.1}, "budget must be a positive number"),
+        ({"metric": "l3"}, "metric must be one of relative_l1, relative_l2, cosine"),
+        ({"candidates": []}, "no candidates"),
+        ({"candidates": [Rule("flash,block_topk")]}, "a rule with one backend"),
+        ({"candidates": [Rule("block_topk", params={"keep_ratio": [0.1, 0.2]})]}, "differs by head or step already"),
+        ({"candidates": [Rule("flash")]}, "how many scores .* is not known"),
+        ({"candidates": [Rule("block_topk", head_dim=64, params={"keep_ratio": 0.5})]}, "no candidate can serve"),
+        ({"total_steps": 3}, "for samples that name their step"),
+        ({"given": [Sample((smooth(0),), step=0)]}, "total_steps says how many"),
+        ({"given": [Sample((smooth(0),), step=9)], "total_steps": 3}, "step 9 is not in 0 ... 2"),
+        ({"given": [Sample((smooth(0),), step=0)], "total_steps": 4, "buckets": 2}, "no sample has a step in 2 ... 3"),
+    ],
+)
+def test_what_cannot_be_calibrated_is_refused(model: nn.Module, options: dict[str, Any], says: str) -> None:
+    with pytest.raises(PolicyError, match=says):
+        calibrated(model, **options)
+
+
+def test_a_model_without_attention_is_refused() -> None:
+    with pytest.raises(PolicyError, match="no candidate can serve an attention of this model"):
+        calibrated(nn.Linear(4, 4), [(torch.randn(2, 4),)])
+
+
+@pytest.mark.parametrize("content", [b"not a state", None])
+def test_a_state_of_something_else_is_refused_and_left(
+    model: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes | None
+) -> None:
+    state = tmp_path / "state.pt"
+    if content is None:
+        monkeypatch.setattr(Path, "unlink", lambda *_, **__: None)
+        calibrated(model, samples(1), state=state)
+    else:
+        state.write_bytes(content)
+    before = state.read_bytes()
+    with pytest.raises(PolicyError, match=r"state\.pt is (not the state|of another calibration: samples differ)"):
+        calibrated(model, state=state)
+    assert state.read_bytes() == before
+
+
+def test_nothing_is_left_behind(model: nn.Module) -> None:
+    before = model(*samples(1)[0])
+    calibrated(model, samples(1))
+    assert torch.equal(model(*samples(1)[0]), before)
+    assert torch.is_grad_enabled()
