@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from ...attn_ops.call import Params
 from ...attn_ops.errors import PolicyError
 from ...attn_ops.param import numbers, varies
 from ...attn_ops.registry import backend
@@ -30,9 +30,13 @@ class Candidate:
     rung: tuple[str, float]
 
     @property
-    def family(self) -> tuple[str, Params]:
-        """What the candidates have in common that may serve the heads of one site together."""
-        return self.rule.use[0], tuple(pair for pair in self.rule.params if pair[0] != self.rung[0])
+    def family(self) -> Rule:
+        """The rule without its rung: candidates that have it in common may serve the heads of one site together."""
+        return self.with_params({name: value for name, value in self.rule.params if name != self.rung[0]})
+
+    def with_params(self, params: Mapping[str, Any], **fields: Any) -> Rule:
+        """The rule with other parameters and fields; what else it asks, such as a provider or a layout, stays."""
+        return Rule(**{**self.rule.to_dict(), **fields, "params": params})
 
     @property
     def kept(self) -> float | None:
@@ -74,6 +78,8 @@ def _ladder(name: str) -> list[Rule]:
 def _candidate(rule: Rule) -> Candidate:
     if len(rule.use) != 1 or rule.use == ("dense",) or rule.mode != "prefer":
         raise PolicyError(f"calibrate: a candidate is a rule with one backend and mode prefer, got {rule}.")
+    if rule.steps is not None:
+        raise PolicyError(f"calibrate: {rule} names steps. Give the samples theirs, and buckets.")
     if any(varies(value) for _, value in rule.params):
         raise PolicyError(
             f"calibrate: {rule} differs by head or step already. Give one number: calibration finds those."

@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from ...attn_ops.call import Params
+from ...lowering.rule import Rule
 from .candidates import Candidate
 from .ledger import Ledger, Objective, Place, Sums
 
@@ -54,7 +54,7 @@ def _cheapest(
     measured: Mapping[int, Sums], candidates: Sequence[Candidate], price: float, objective: Objective
 ) -> Choice:
     best = Choice((DENSE,), 0.0, measured[DENSE].cost(objective))
-    families: dict[tuple[str, Params], list[int]] = {}
+    families: dict[Rule, list[int]] = {}
     for number in measured:
         if number != DENSE:
             families.setdefault(candidates[number].family, []).append(number)
@@ -71,9 +71,16 @@ def _within(measured: Mapping[int, Sums], members: list[int], price: float, obje
     heads = len(measured[members[0]].squared)
     picked, errors, costs = [], [], []
     for head in range(heads):
-        options = [(measured[i].cost(objective) / heads, measured[i].squared[head] / whole, i) for i in members]
+        options = [
+            (measured[i].cost(objective) / heads, _finite(measured[i].squared[head]) / whole, i) for i in members
+        ]
         cost, wrong, number = min(options, key=lambda option: (option[0] + price * option[1], option))
         picked.append(number)
         errors.append(wrong)
         costs.append(cost)
     return Choice(tuple(picked), math.fsum(errors), math.fsum(costs))
+
+
+def _finite(error: float) -> float:
+    """The error; infinite where ours was NaN, which compares with nothing."""
+    return math.inf if math.isnan(error) else error

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ...attn_ops.call import Kind
+from ...attn_ops.errors import PolicyError
 
 Objective = Literal["time", "work"]
 """What is saved: seconds on this machine, or the scores that are computed, the same everywhere."""
@@ -64,6 +65,8 @@ class Sums:
         for name, term in terms.items():
             new = term.sum(dim=(0, 2, 3), dtype=torch.float64).tolist()
             old = getattr(self, name) or [0.0] * len(new)
+            if len(old) != len(new):
+                raise PolicyError(f"calibrate: sites of one module have {len(old)} and {len(new)} heads. Leave it out.")
             setattr(self, name, [a + b for a, b in zip(old, new, strict=True)])
         self.seconds, self.work = min(self.seconds, seconds), max(self.work, work)
 

@@ -115,7 +115,7 @@ class Probe:
         place = Place(self._module, self._kind, self._into.bucket())
         ledger, run = self._into.ledger, _timed if self._into.objective == "time" else _untimed
         scores = float(q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2])
-        _, seconds = run(lambda: self._dense(*args, **kwargs))
+        seconds = _timed(lambda: self._dense(*args, **kwargs))[1] if run is _timed else math.inf
         ledger.at(place, DENSE).add(dense, dense, seconds, scores)
         for number, attend in self._attends.items():
             ours, seconds = run(partial(attend, q, k, v))

@@ -63,9 +63,7 @@ def _rung(choice: Choice, candidates: Sequence[Candidate]) -> Number:
 
 
 def _rule(site: _Site, like: Candidate, rung: Any, steps: Bucket | None) -> Rule:
-    name, params = like.rung[0], dict(like.rule.params)
-    if name:
-        params[name] = rung
-    module, kind = site
+    (module, kind), name = site, like.rung[0]
+    params = {**dict(like.rule.params), **({name: rung} if name else {})}
     within = None if steps is None else f"{steps[0]}:{steps[1]}"
-    return Rule(like.rule.use, modules=module, kind=kind, steps=within, params=params)
+    return like.with_params(params, modules=module, kind=kind, steps=within)

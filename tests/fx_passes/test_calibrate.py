@@ -14,6 +14,9 @@ import sparseattn
 from sparseattn import Policy, Rule, Sample
 from sparseattn.attn_ops.errors import PolicyError
 from sparseattn.fx_passes.calibration import measure
+from sparseattn.fx_passes.calibration.candidates import expand
+from sparseattn.fx_passes.calibration.choose import DENSE, choose
+from sparseattn.fx_passes.calibration.ledger import Ledger, Place, Sums
 from sparseattn.fx_passes.calibration.output_error import OutputError
 from sparseattn.fx_passes.explain import traced_afresh
 
@@ -172,9 +175,27 @@ def test_one_interrupted_while_it_verifies_does_not_measure_again(
     assert calibrated(model, state=tmp_path / "state.pt").to_toml() == whole.to_toml()
 
 
+def test_what_a_candidate_asks_stays_in_the_rules(model: nn.Module) -> None:
+    asked = [Rule("block_topk", provider="reference", min_seq=8, params=dict(rule.params)) for rule in LADDER]
+    rules = calibrated(model, budget=0.3, candidates=asked).rules
+    assert rules
+    assert all((rule.provider, rule.min_seq, rule.kind) == ("reference", 8, "self") for rule in rules)
+
+
+def test_a_candidate_that_gives_nan_is_not_chosen(model: nn.Module) -> None:
+    sums = {number: Sums(squared=[1.0], dense_squared=[9.0], work=9.0 - number) for number in (DENSE, 0, 1)}
+    sums[0].squared, ledger = [float("nan")], Ledger()
+    for number, measured in sums.items():
+        measured_at = ledger.at(Place("m", "self", 0), number)
+        vars(measured_at).update(vars(measured))
+    (choice,) = choose(ledger, expand(LADDER[:2]), 1e-3, "work").values()
+    assert choice.candidates == (1,)
+
+
 @pytest.mark.parametrize(
     ("options", "says"),
     [
+        ({"candidates": [Rule("block_topk", steps=":2", params={"keep_ratio": 0.5})]}, "names steps"),
         ({"given": []}, "no samples. Give at least one tuple"),
         ({"given": [3]}, "a sample is a tuple of arguments"),
         ({"budget": 0}, "budget must be a positive number"),

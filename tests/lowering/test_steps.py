@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import math
 import re
 import threading
@@ -186,7 +187,11 @@ def test_sparsity_is_one_minus_a_schedule() -> None:
 def test_the_schedules_of_the_page_are_rules() -> None:
     page = (Path(__file__).parents[2] / "docs" / "policy.md").read_text(encoding="utf-8")
     (example,) = re.findall(r"```python\n(from sparseattn import Rule, Schedule.*?)```", page, re.DOTALL)
-    exec(example, {})
+    lines = ast.parse(example).body
+    names: dict[str, Any] = {}
+    exec(compile(ast.Module(lines[:1], []), "policy.md", "exec"), names)
+    rules = [eval(compile(ast.Expression(line.value), "policy.md", "eval"), names) for line in lines[1:]]
+    assert [rule.use for rule in rules] == [("block_topk",), ("vsa",), ("sla",)]
 
 
 @pytest.mark.parametrize(
