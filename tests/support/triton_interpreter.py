@@ -133,7 +133,7 @@ def _mended_numerics() -> Iterator[None]:
 
 def _dot(self: Any, a: Handle, b: Handle, acc: Handle, precision: Any, imprecise: Any) -> Handle:
     """a @ b + acc: products of halves and FP8 are exact in fp32, as on tensor cores; integers are exact up to 2**53."""
-    exact = np.float64 if acc.data.dtype.kind == "i" else np.float32
+    exact = np.float32 if acc.data.dtype == np.float32 else np.float64
     product = np.matmul(_numbers(a).astype(exact), _numbers(b).astype(exact))
     return Handle((product + acc.data).astype(acc.data.dtype), acc.dtype.scalar)
 

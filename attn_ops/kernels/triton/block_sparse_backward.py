@@ -5,9 +5,12 @@ over the query blocks that list it, for each query head that reads it, in ascend
 from lse.
 
 The gradient of the scores, weights * (grad_out @ v.T - delta) with delta = sum(grad_out * out), cancels where attention
-is nearly one-hot: of an out in half precision, little more than its rounding is left then. But every row of it sums to
-grad_lse, and what it is off by is the error of delta. The first kernel corrects delta by that for the second, and where
-it matters begins again with it.
+is nearly one-hot: little more than the rounding of out is left then, of a half or of fp32 with scores in the hundreds.
+But every row of it sums to grad_lse, and what it is off by is the error of delta. The first kernel corrects delta by
+that for the second, and where it matters begins again with it.
+
+So large a score in fp32, or lse, is off by 3e-5, and by as much of itself each weight. Where the GPU has
+fast fp64, the scores of fp32 inputs are computed in it, and the weights are divided by what they add up to (WIDE).
 """
 
 from __future__ import annotations
@@ -20,7 +23,14 @@ from .block_sparse import broadcast_strides
 from .block_sparse_grad_kv import grad_kv_kernel
 from .block_sparse_grad_q import grad_q_kernel
 from .device import LOG2_E
-from .tiles import block_sparse_grad_kv_tile, block_sparse_grad_q_tile, on_device, padded_head_dim, target_arch
+from .tiles import (
+    block_sparse_grad_kv_tile,
+    block_sparse_grad_q_tile,
+    has_fast_fp64,
+    on_device,
+    padded_head_dim,
+    target_arch,
+)
 from .transpose import transposed_lists
 
 
@@ -71,15 +81,18 @@ def attention_backward(
     with on_device(q):
         tile = block_sparse_grad_q_tile(target_arch(), itemsize, dim, block_q, block_k)
         tiles = triton.cdiv(seq_q, block_q) * triton.cdiv(block_q, tile.rows)
-        repeat = None if itemsize == 4 else q.new_empty(tiles * heads * batch, dtype=torch.uint8)
+        wide = itemsize == 4 and has_fast_fp64(target_arch())
+        norm = torch.empty_like(lse) if wide else None
+        repeat = q.new_empty(tiles * heads * batch, dtype=torch.uint8) if wide or itemsize < 4 else None
         for repeated in (False,) if repeat is None else (False, True):
             grad_q_kernel[(tiles * heads * batch,)](
                 *_with_strides(q, k, v, out, grad_out, grad_q),
-                *(lse, grad_lse, delta, repeat, block_index, *broadcast_strides(block_index)),
+                *(lse, grad_lse, delta, norm, repeat, block_index, *broadcast_strides(block_index)),
                 *(block_count, *broadcast_strides(block_count), key_sizes, *scales, tiles, heads, group, seq_q, seq_k),
                 **blocks,
                 SHORT_TAIL=seq_k % block_k != 0,
                 REPEATED=repeated,
+                WIDE=wide,
                 ROWS=tile.rows,
                 KEYS=tile.keys,
                 num_warps=tile.warps,
@@ -90,7 +103,7 @@ def attention_backward(
         tiles = triton.cdiv(seq_k, block_k) * triton.cdiv(block_k, tile.keys)
         grad_kv_kernel[(tiles * kv_heads * batch,)](
             *_with_strides(q, k, v, grad_out, grad_k, grad_v),
-            *(lse, delta, lists, *broadcast_strides(lists), counts, *broadcast_strides(counts)),
+            *(lse, delta, norm, lists, *broadcast_strides(lists), counts, *broadcast_strides(counts)),
             *(key_sizes, *scales, tiles, kv_heads, group, seq_q, seq_k),
             **blocks,
             SHORT_TAIL=seq_q % block_q != 0,

@@ -6,12 +6,12 @@ import triton
 import triton.language as tl
 
 from .block_sparse import split_list
-from .device import base_of, load, tile_mask, tile_pointers
+from .device import base_of, load, tile_mask, tile_pointers, weights_of
 
 
 @triton.jit(
     do_not_specialize=[
-        *("Lse", "Delta", "Index", "index_batch", "index_head", "index_row"),
+        *("Lse", "Delta", "Norm", "Index", "index_batch", "index_head", "index_row"),
         *("Count", "count_batch", "count_head", "count_row", "Sizes", "tiles_k", "kv_heads", "group", "seq_q", "seq_k"),
     ]
 )
@@ -30,6 +30,7 @@ def grad_kv_kernel(
     grad_v_strides,
     Lse,
     Delta,
+    Norm,
     Index,
     index_batch,
     index_head,
@@ -79,7 +80,7 @@ def grad_kv_kernel(
     Q += batch * q_strides[0] + kv_head * group * q_strides[1]
     GradOut += batch * grad_out_strides[0] + kv_head * group * grad_out_strides[1]
     first_row = (batch * kv_heads + kv_head) * group * seq_q
-    rows = (Q, q_strides, GradOut, grad_out_strides, Lse + first_row, Delta + first_row, seq_q, group)
+    rows = (Q, q_strides, GradOut, grad_out_strides, Lse, Delta, Norm, first_row, seq_q, group)
     grads = (tl.zeros([KEYS, DIM], tl.float32), tl.zeros([KEYS, DIM], tl.float32))
     keys = (k, v, key)
     first = 0
@@ -122,7 +123,7 @@ def _walk(
     MASKED: tl.constexpr = SHORT_TAIL or BLOCK_Q % ROWS != 0
     grad_k, grad_v = grads
     k, v, key = keys
-    Q, q_strides, GradOut, grad_out_strides, Lse, Delta, seq_q, group = rows
+    Q, q_strides, GradOut, grad_out_strides, Lse, Delta, Norm, first_row, seq_q, group = rows
     DIM: tl.constexpr = k.shape[1]
     token = tl.arange(0, ROWS)
     dim = tl.arange(0, DIM)
@@ -134,7 +135,7 @@ def _walk(
         block = entry // group if GROUPED else entry
         offset_in_block = step % TILES_PER_BLOCK * ROWS
         begin = block * BLOCK_Q + offset_in_block
-        of_row = head * seq_q + begin + token
+        of_row = first_row + head * seq_q + begin + token
         mask = None
         if MASKED:
             exists = token < tl.minimum(BLOCK_Q - offset_in_block, seq_q - begin)
@@ -149,7 +150,9 @@ def _walk(
             mask = channel if mask is None else mask & channel
         row = (begin + token)[:, None].to(tl.int64)
         q = load(Q + head * q_strides[1] + row * q_strides[2] + dim[None, :], mask)
-        weights = tl.math.exp2(tl.dot(k, q.T, input_precision="ieee") * factor - base_of(lse)[None, :])
+        weights = weights_of(k, q.T, factor, base_of(lse)[None, :], Norm is not None)
+        if Norm is not None:
+            weights *= load(Norm + of_row, exists if MASKED else None)[None, :]
         if CAUSAL:
             weights = tl.where(key[:, None] <= (begin + token)[None, :], weights, 0.0)
         grad_out = load(GradOut + head * grad_out_strides[1] + row * grad_out_strides[2] + dim[None, :], mask)

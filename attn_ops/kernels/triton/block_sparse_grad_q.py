@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from .block_sparse import split_list
-from .device import base_of, load, tile_mask, tile_pointers
+from .device import base_of, load, tile_mask, tile_pointers, weights_of
 
 _BEARABLE = tl.constexpr(2.0**-18)
 """The square of the error of a tile's delta that may stay, relative to that of the rows' sums of absolute gradients.
@@ -14,11 +14,13 @@ _BEARABLE = tl.constexpr(2.0**-18)
 With it grad_q in bf16 is off by 0.0025 to 0.0033, for scores of standard deviation 1 (where all of the error stays) to
 256; if all of it stayed, by 0.0063 at 16 and 0.0088 at 64 (measured). In fp16 it hardly matters.
 """
+_BEARABLE_WIDE = tl.constexpr(2.0**-36)
+"""Likewise in fp32: grad_q is off by 2e-6 at most, and at input scale 16 by 8e-5 if all of it stayed (measured)."""
 
 
 @triton.jit(
     do_not_specialize=[
-        *("Lse", "GradLse", "Delta", "Repeat", "Index", "index_batch", "index_head", "index_row"),
+        *("Lse", "GradLse", "Delta", "Norm", "Repeat", "Index", "index_batch", "index_head", "index_row"),
         *("Count", "count_batch", "count_head", "count_row", "Sizes", "tiles_q", "heads", "group", "seq_q", "seq_k"),
     ]
 )
@@ -38,6 +40,7 @@ def grad_q_kernel(
     Lse,
     GradLse,
     Delta,
+    Norm,
     Repeat,
     Index,
     index_batch,
@@ -62,6 +65,7 @@ def grad_q_kernel(
     CAUSAL: tl.constexpr,
     SHORT_TAIL: tl.constexpr,
     REPEATED: tl.constexpr,
+    WIDE: tl.constexpr,
     ROWS: tl.constexpr,
     KEYS: tl.constexpr,
 ):
@@ -112,18 +116,27 @@ def grad_q_kernel(
 
     rows = (q, grad_out, base_of(lse), delta, row)
     keys = (K, k_strides[2], V, v_strides[2], Sizes, seq_k)
-    state = (tl.zeros([ROWS, DIM], tl.float32), -grad_lse, tl.zeros([ROWS], tl.float32))
-    state = _walk(state, rows, factor, keys, Index, 0, whole, False, False, BLOCK_K, KEYS, HEAD_DIM)
+    nothing = tl.zeros([ROWS], tl.float32)
+    state = (tl.zeros([ROWS, DIM], tl.float32), nothing, nothing, nothing)
+    state = _walk(state, rows, factor, keys, Index, 0, whole, False, False, BLOCK_K, KEYS, HEAD_DIM, WIDE)
     if CAUSAL or SHORT_TAIL:
-        state = _walk(state, rows, factor, keys, Index, whole, seen, CAUSAL, SHORT_TAIL, BLOCK_K, EDGE_KEYS, HEAD_DIM)
+        state = _walk(
+            state, rows, factor, keys, Index, whole, seen, CAUSAL, SHORT_TAIL, BLOCK_K, EDGE_KEYS, HEAD_DIM, WIDE
+        )
 
-    grad, error, size = state
+    grad, error, size, total = state
+    if WIDE:
+        # lse in fp32 is off by as much as a score would be: the weights are divided by what they add up to.
+        norm = tl.where(total == 0.0, 0.0, 1.0 / total)
+        grad, error, size = grad * norm[:, None], error * norm, size * norm
+        tl.store(Norm + of_row, norm, mask=row_exists)
     GradQ = tile_pointers(GradQ, grad_q_strides, batch, head, first_row, ROWS, DIM)
     tl.store(GradQ, (grad * scale).to(GradQ.dtype.element_ty), mask=element)
     if not REPEATED:
         if Repeat is not None:
+            error -= grad_lse
             delta += error
-            too_far = tl.sum(error * error, 0) > tl.sum(size * size, 0) * _BEARABLE
+            too_far = tl.sum(error * error, 0) > tl.sum(size * size, 0) * (_BEARABLE_WIDE if WIDE else _BEARABLE)
             tl.store(Repeat + tl.program_id(0), too_far.to(tl.uint8))
         tl.store(Delta + of_row, delta, mask=row_exists)
 
@@ -142,14 +155,15 @@ def _walk(
     BLOCK_K: tl.constexpr,
     KEYS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
+    WIDE: tl.constexpr,
 ):
     """Add the listed blocks first ... stop - 1 to the state.
 
-    A state is (grad, error, size): the gradient without its factor `scale`, and of every row of the scores' gradient
-    the sum, which began at -grad_lse and ends as the error of delta, and the sum of absolute values.
+    A state is (grad, error, size, total): the gradient without its factor `scale`; of every row of the scores' gradient
+    the sum, which less grad_lse is the error of delta, and the sum of absolute values; and if WIDE the sum of weights.
     """
     TILES_PER_BLOCK: tl.constexpr = (BLOCK_K + KEYS - 1) // KEYS
-    grad, error, size = state
+    grad, error, size, total = state
     q, grad_out, base, delta, row = rows
     K, k_stride, V, v_stride, Sizes, seq_k = keys
     MASKED: tl.constexpr = SHORT_TAIL or BLOCK_K % KEYS != 0 or Sizes is not None
@@ -172,7 +186,7 @@ def _walk(
             mask = channel if mask is None else mask & channel
         row_of_key = (begin + token)[:, None].to(tl.int64)
         k = load(K + row_of_key * k_stride + dim[None, :], mask)
-        weights = tl.math.exp2(tl.dot(q, k.T, input_precision="ieee") * factor - base[:, None])
+        weights = weights_of(q, k.T, factor, base[:, None], WIDE)
         if MASKED:
             weights = tl.where(exists[None, :], weights, 0.0)
         if CAUSAL:
@@ -183,7 +197,9 @@ def _walk(
         entered = grad_scores.to(tl.float32)  # not before it is rounded, which would take twice the registers
         error += tl.sum(entered, 1)
         size += tl.sum(tl.abs(entered), 1)
+        if WIDE:
+            total += tl.sum(weights, 1)
         block = next_block
         if Sizes is not None:
             valid = tl.load(Sizes + next_block)
-    return grad, error, size
+    return grad, error, size, total

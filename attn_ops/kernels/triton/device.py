@@ -69,6 +69,19 @@ def finish(acc, total, top, PEAK_LOG2: tl.constexpr):
 
 
 @triton.jit
+def weights_of(a, b, factor, base, WIDE: tl.constexpr):
+    """Weights 2 ** (a @ b * factor - base), fp32; if WIDE the exponent is computed in fp64, of fp32 a and b.
+
+    An exponent of 1000 in fp32 would be off by 3e-5, and a weight by as much of itself.
+    """
+    if WIDE:
+        product = tl.dot(a.to(tl.float64), b.to(tl.float64), out_dtype=tl.float64)
+    else:
+        product = tl.dot(a, b, input_precision="ieee")
+    return tl.math.exp2((product * factor - base).to(tl.float32))
+
+
+@triton.jit
 def base_of(lse):
     """The lse in base 2, for weights 2 ** (score - base); infinite in a row that saw no key, where they are 0."""
     return tl.where(lse == float("-inf"), float("inf"), lse * _LOG2_E)

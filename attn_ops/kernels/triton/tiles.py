@@ -16,6 +16,7 @@ _LEAST_TILE = 16
 _LEAST_FP8_KEYS = 32
 _LARGE_SHARED_MEMORY = (90, 100, 103)
 _TENSOR_MEMORY = (100, 103)
+_FAST_FP64 = (80, 90)
 
 
 class Tile(NamedTuple):
@@ -46,7 +47,9 @@ def block_sparse_grad_q_tile(arch: int, itemsize: int, dim: int, block_q: int, b
     """Return the tile of the gradient of queries, of `block_sparse_tile`'s arguments."""
     large = arch in _LARGE_SHARED_MEMORY
     if itemsize == 4:
-        tile = Tile(32 if dim <= 128 else 16, 32 if dim <= 64 else 16, 4, 2)
+        tile = Tile(32, 32 if dim <= 64 else 16, 8, 2) if dim <= 128 else Tile(16, 16, 8, 2)
+        if dim == 128 and has_fast_fp64(arch):
+            tile = Tile(16, 32, 8, 2)
     elif dim > 128:
         tile = Tile(32, 16, 8, 2)
     elif dim == 128 and not large:
@@ -62,7 +65,7 @@ def block_sparse_grad_kv_tile(arch: int, itemsize: int, dim: int, block_q: int, 
     """Return the tile of the gradients of keys and values, of `block_sparse_tile`'s arguments."""
     large = arch in _LARGE_SHARED_MEMORY
     if itemsize == 4:
-        tile = Tile(32, 32, 8, 2) if dim <= 64 else Tile(16, 16, 8, 2)
+        tile = Tile(32, 32 if dim <= 64 else 16, 8, 2) if dim <= 128 else Tile(16, 16, 8, 1)
     elif dim > 128:
         tile = Tile(64 if large else 32, 32, 8, 2)
     elif dim == 128 and not large:
@@ -87,6 +90,11 @@ def sparge_tile(arch: int, dim: int, block_q: int, block_k: int, growing_scale: 
     tile = sage_tile(dim)
     rows, keys = _tile_within(block_q, tile.rows), max(_LEAST_FP8_KEYS, _tile_within(block_k, keys))
     return Tile(rows, keys, 8 if rows >= 128 or dim > 128 else 4, tile.stages)
+
+
+def has_fast_fp64(arch: int) -> bool:
+    """Whether Triton has tensor cores for fp64 here: as fast as fp32 without them, elsewhere up to 64 times slower."""
+    return arch in _FAST_FP64
 
 
 def target_arch() -> int:
