@@ -19,19 +19,22 @@ from sparseattn.attn_ops.registry import backends, register
 from sparseattn.attn_ops.schedule import Schedule
 from sparseattn.attn_ops.video_layout import VideoLayout
 from sparseattn.lowering.fingerprint import fingerprint
-from sparseattn.lowering.measured import Measured, MeasuredRule
+from sparseattn.lowering.measured import Measured, MeasuredPoint, MeasuredRule
 from sparseattn.lowering.policy import Policy, Rule
 from sparseattn.lowering.precedence import use_policy
+from sparseattn.lowering.sparge_tuning import SpargeTuning
 from sparseattn.lowering.sta_strategy import StaStrategy
 from sparseattn.lowering.steps import step_callback, steps
 
 if TYPE_CHECKING:
+    from sparseattn.fx_passes import viz
     from sparseattn.fx_passes.calibration.calibrate import calibrate
     from sparseattn.fx_passes.calibration.samples import Sample
     from sparseattn.fx_passes.convert import Conversion, convert, unconvert
     from sparseattn.fx_passes.explain import explain
     from sparseattn.fx_passes.publish import last_report
     from sparseattn.fx_passes.report import Report
+    from sparseattn.fx_passes.sta_losses import StaLosses, sta_losses
 
 __version__ = "0.1.0"
 
@@ -40,12 +43,15 @@ __all__ = [
     "Capability",
     "Conversion",
     "Measured",
+    "MeasuredPoint",
     "MeasuredRule",
     "Policy",
     "Report",
     "Rule",
     "Sample",
     "Schedule",
+    "SpargeTuning",
+    "StaLosses",
     "StaStrategy",
     "VideoLayout",
     "backends",
@@ -57,10 +63,13 @@ __all__ = [
     "nn",
     "ops",
     "register",
+    "sta_losses",
     "step_callback",
     "steps",
+    "tune_sparge",
     "unconvert",
     "use_policy",
+    "viz",
 ]
 
 # These bring Dynamo with them, so they are imported when first used.
@@ -71,12 +80,17 @@ _LAZY = {
     "convert": "sparseattn.fx_passes.convert",
     "unconvert": "sparseattn.fx_passes.convert",
     "Report": "sparseattn.fx_passes.report",
+    "StaLosses": "sparseattn.fx_passes.sta_losses",
+    "sta_losses": "sparseattn.fx_passes.sta_losses",
     "explain": "sparseattn.fx_passes.explain",
     "last_report": "sparseattn.fx_passes.publish",
+    "tune_sparge": "sparseattn.fx_passes.tune_sparge",
 }
 
 
 def __getattr__(name: str) -> Any:
+    if name == "viz":
+        return importlib.import_module("sparseattn.fx_passes.viz")
     if name in _LAZY:
         return getattr(importlib.import_module(_LAZY[name]), name)
     raise AttributeError(f"module 'sparseattn' has no attribute {name!r}")

@@ -41,6 +41,10 @@ class RegistrationError(SparseAttnError, ValueError):
     """A backend was registered wrongly, or twice under one name."""
 
 
+class MissingPackageError(SparseAttnError, ImportError):
+    """An optional package is needed and not installed; the message names the extra that brings it."""
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """`Did you mean "x"? Known: x, y.`, to put at the end of a message about an unknown name."""
     names = sorted(known)

@@ -100,12 +100,10 @@ class Param:
         return entries
 
     def _lists(self, schedule: Schedule, where: str) -> Schedule:
-        """A table that has such a list, of one length, for every step."""
+        """A table that has such a list for every step."""
         steps = [entry if isinstance(entry, tuple) else (entry,) for entry in schedule.extremes]
         for entry in steps:
             self._list([int(number) if number.is_integer() else number for number in entry], where)
-        if len(set(map(len, steps))) > 1:
-            raise PolicyError(f"{where}: {self.name} must have as many numbers at every step. {self.doc}")
         return schedule
 
 

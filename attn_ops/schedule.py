@@ -33,7 +33,7 @@ class Schedule:
         kind: "table", one value for each step;
             "linear" or "cosine", from `start` in the first of `steps` to `end` in the last, level before and after;
             "staircase", from `start` towards `end` `by` so much in every `every` steps, and then level.
-        values: of a table: a number for each step, or a list with one for each head.
+        values: of a table: a number for each step, or a list with one for each head; if some steps have lists, all do.
         start: the first value.
         end: the last value.
         steps: where a line or cosine moves, such as "5:" or "0.1:0.5".
@@ -55,7 +55,7 @@ class Schedule:
     def __post_init__(self) -> None:
         if self.kind not in _GIVEN:
             raise PolicyError(f"schedule: unknown kind {self.kind!r}. {nearest(str(self.kind), _GIVEN)}")
-        object.__setattr__(self, "values", tuple(map(_number, self.values)))
+        object.__setattr__(self, "values", _alike(tuple(map(_number, self.values))))
         for field in fields(self)[1:]:
             value, taken = getattr(self, field.name), field.name in _GIVEN[self.kind]
             if not taken and value != field.default:
@@ -149,6 +149,19 @@ class Schedule:
 
 def _listed(kind: str) -> str:
     return ", ".join(("kind", *_GIVEN[kind]))
+
+
+def _alike(values: tuple[Number, ...]) -> tuple[Number, ...]:
+    """Values of one shape, that of the tensor in the graph: beside lists, a number is that of every head."""
+    heads = {len(value) for value in values if isinstance(value, tuple)}
+    if len(heads) > 1:
+        counts = " and ".join(map(str, sorted(heads)))
+        raise PolicyError(f"schedule: values must have as many numbers at every step, got {counts}.")
+    return (
+        tuple(value if isinstance(value, tuple) else (value,) * next(iter(heads)) for value in values)
+        if heads
+        else values
+    )
 
 
 def _number(value: object) -> Number:

@@ -1,7 +1,8 @@
-"""The command line: `sparseattn backends | explain | policy | bench | env`.
+"""The command line: `sparseattn backends | explain | calibrate | policy | bench | env`.
 
-Exit code 0 on success, 1 when a rule with mode="require" is not met, 2 on wrong use, 130 when interrupted; `policy`
-documents what 1 means for its verbs. What goes wrong is told on stderr, without a traceback.
+Exit code 0 on success, 1 when a rule with mode="require" is not met, 2 on wrong use, 130 when interrupted; `calibrate`
+and `policy` document what 1 means for them. What goes wrong is told on stderr, without a traceback.
+Dynamo is imported by the verbs that need it: help comes at once, and an interruption while it loads is clean too.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import json
 import platform
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -21,10 +22,13 @@ from ..attn_ops.errors import RequirementError, SparseAttnError
 from ..attn_ops.registry import backends
 from ..lowering.selection_table import selection_page
 from .bench import COLUMNS, measure
+from .cli_calibrate import add_calibrate
 from .cli_policy import add_policy
-from .explain import explain
 from .table import aligned
 from .target import TARGET, load_target, on_one_line
+
+if TYPE_CHECKING:
+    _Verbs = argparse._SubParsersAction[argparse.ArgumentParser]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -39,8 +43,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except SparseAttnError as error:
         print(error, file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+    except KeyboardInterrupt as interruption:
+        print(": ".join(filter(None, ("interrupted", str(interruption)))), file=sys.stderr)
         return 130
     text, code = (answer, 0) if isinstance(answer, str) else answer
     print(text)
@@ -51,37 +55,73 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="sparseattn",
         description="Faster attention in models nobody has to edit.",
-        epilog='Exit code: 0; 1 if a rule with mode="require" is not met, or as policy diff and validate say; '
-        "2 on wrong use; 130 when interrupted.",
+        epilog='Exit code: 0; 1 if a rule with mode="require" is not met, or as calibrate, policy diff and policy '
+        "validate say; 2 on wrong use; 130 when interrupted. sparseattn VERB --help tells more.",
     )
-    verbs = parser.add_subparsers(required=True, metavar="backends | explain | policy | bench | env")
-    verb = verbs.add_parser("backends", help="what this machine, or another, can run, and what is missing")
-    verb.add_argument("--capability", help='a machine by name, "sm90" or "cpu-avx512"; default: this one')
+    verbs = parser.add_subparsers(required=True, metavar="backends | explain | calibrate | policy | bench | env")
+    _add_backends(verbs)
+    _add_explain(verbs)
+    add_calibrate(verbs)
+    add_policy(verbs)
+    _add_bench(verbs)
+    _add_env(verbs)
+    return parser
+
+
+def _add_backends(verbs: _Verbs) -> None:
+    verb = verbs.add_parser(
+        "backends",
+        help="what this machine, or another, can run, and what is missing",
+        description="Every backend with those who can compute it on a machine, or the reason, and what to install.",
+    )
+    verb.add_argument("--capability", metavar="NAME", help='a machine, "sm90" or "cpu-avx512"; default: this one')
     form = verb.add_mutually_exclusive_group()
-    form.add_argument("--json", action="store_true")
+    form.add_argument("--json", action="store_true", help="the same for programs")
     form.add_argument("--markdown", action="store_true", help="the page docs/selection.md: what every machine gets")
     verb.set_defaults(command=_backends)
-    verb = verbs.add_parser("explain", help="what a policy would do to a model, without running it")
-    verb.add_argument("target", help=TARGET)
+
+
+def _add_explain(verbs: _Verbs) -> None:
+    verb = verbs.add_parser(
+        "explain",
+        help="what a policy would do to a model, without running it",
+        description="Every attention of a model: what a policy makes of it on a machine, and why. Nothing is run.",
+        epilog='Exit code: 0; 1 if a rule with mode="require" is not met; 2 on wrong use.',
+    )
+    verb.add_argument("target", help=f"{TARGET}; of a list of samples, the first counts")
     verb.add_argument("--policy", help="a preset or a file; default: as torch.compile would choose")
-    verb.add_argument("--capability", help='a machine by name, "sm90"; default: this one')
+    verb.add_argument("--capability", metavar="NAME", help='a machine, "sm90"; default: this one')
     form = verb.add_mutually_exclusive_group()
-    form.add_argument("--json", action="store_true")
-    form.add_argument("--html", action="store_true")
+    form.add_argument("--json", action="store_true", help="the same for programs")
+    form.add_argument("--html", action="store_true", help="the same as a page")
     verb.set_defaults(command=_explain)
-    add_policy(verbs)
-    verb = verbs.add_parser("bench", help="time backends against dense SDPA on one shape")
+
+
+def _add_bench(verbs: _Verbs) -> None:
+    verb = verbs.add_parser(
+        "bench",
+        help="time backends against dense SDPA on one shape",
+        description="Time backends against dense scaled_dot_product_attention on random data of one shape.",
+    )
     verb.add_argument("--shape", default="1,8,4096,64", help="B,H,S,D (default: %(default)s)")
     verb.add_argument("--backends", default="flash,block_topk", help="comma-separated (default: %(default)s)")
-    verb.add_argument("--dtype", default="float32", choices=("float32", "float16", "bfloat16"))
-    verb.add_argument("--device", default="cpu")
-    verb.add_argument("--repeats", type=int, default=7)
-    verb.add_argument("--csv", action="store_true")
+    verb.add_argument(
+        "--dtype", default="float32", choices=("float32", "float16", "bfloat16"), help="(default: %(default)s)"
+    )
+    verb.add_argument("--device", default="cpu", help="(default: %(default)s)")
+    verb.add_argument("--repeats", type=int, default=7, metavar="N", help="timed runs of each (default: %(default)s)")
+    verb.add_argument("--csv", action="store_true", help="the same for programs")
     verb.set_defaults(command=_bench)
-    verb = verbs.add_parser("env", help="versions and capabilities, for a bug report")
-    verb.add_argument("--json", action="store_true")
+
+
+def _add_env(verbs: _Verbs) -> None:
+    verb = verbs.add_parser(
+        "env",
+        help="versions and capabilities, for a bug report",
+        description="Versions, packages and what this machine can do: put it into a bug report.",
+    )
+    verb.add_argument("--json", action="store_true", help="the same for programs")
     verb.set_defaults(command=_env)
-    return parser
 
 
 def _machine(name: str | None) -> Capability:
@@ -119,6 +159,8 @@ def _provider_rows(spec: Any, machine: Capability, here: bool) -> list[tuple[str
 
 
 def _explain(options: argparse.Namespace) -> str:
+    from .explain import explain
+
     model, args, kwargs = load_target("explain", options.target)
     with torch.no_grad(), on_one_line(f"explain: {options.target}"):
         report = explain(model, *args, policy=options.policy, capability=options.capability, **kwargs)

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..attn_ops.errors import SparseAttnError
+from ..lowering.measured import PARTS
 from ..lowering.policy import Policy
 from ..lowering.policy_diff import differences
 from ..lowering.precedence import DISABLE, effective_policy, use_policy
 from ..lowering.rule import Rule
-from .explain import explain
 from .table import aligned
 from .target import TARGET, load_target, on_one_line
 
@@ -84,7 +84,7 @@ def _brief(value: object) -> str:
 def _measured_lines(policy: Policy) -> list[str]:
     if policy.measured is None:
         return ["not measured"]
-    values = {name: value for name, value in policy.measured.to_dict().items() if name != "rules"}
+    values = {name: value for name, value in policy.measured.to_dict().items() if name not in PARTS}
     if policy.measured.policy not in (None, policy.hash):
         values["policy"] = f"{policy.measured.policy}, the rules were edited since"
     width = max(map(len, values), default=0)
@@ -101,6 +101,8 @@ def _diff(options: argparse.Namespace) -> tuple[str, int]:
 
 
 def _validate(options: argparse.Namespace) -> str | tuple[str, int]:
+    from .explain import explain
+
     policy = Policy.load(options.file)
     valid = f"{options.file}: valid, {_title(policy)}"
     if options.target is None:

@@ -21,7 +21,7 @@ from ..attn_ops.registry import backend
 from ..lowering.decision import Decision
 from .normalize.graph import value_of
 from .sites import CallSite
-from .step_values import StepValues
+from .step_values import StepValues, Values
 
 _META_KEYS = ("example_value", "val")
 
@@ -43,7 +43,7 @@ def place_op(site: CallSite, decision: Decision, values: StepValues | None, atta
     """
     node, graph = site.node, site.node.graph
     if decision.layout is not None:
-        _hold(site, decision)
+        hold_layout(site, decision)
     op = getattr(torch.ops.sparseattn, decision.op).default
     with graph.inserting_before(node):
         operands = tuple(_unit_stride(graph, operand) for operand in (site.q, site.k, site.v))
@@ -56,7 +56,7 @@ def place_op(site: CallSite, decision: Decision, values: StepValues | None, atta
     return result
 
 
-def _hold(site: CallSite, decision: Decision) -> None:
+def hold_layout(site: CallSite, decision: Decision) -> None:
     """Guard the sizes that the layout stands for: a constant of the graph must not outlive them."""
     read = site.grid.sizes if decision.layout == site.call.layout else ()
     if torch._guards.TracingContext.try_get() is None:  # no guard can be made: the op checks its lengths when it runs
@@ -65,7 +65,7 @@ def _hold(site: CallSite, decision: Decision) -> None:
         int(size)
 
 
-def arguments_of(site: CallSite, decision: Decision, values: StepValues | None) -> dict[str, Any]:
+def arguments_of(site: CallSite, decision: Decision, values: Values | None) -> dict[str, Any]:
     """Keyword arguments of the op: what the site asks, then what the rule set, then who computes it."""
     arguments: dict[str, Any] = {}
     if site.call.causal:
@@ -81,7 +81,7 @@ def arguments_of(site: CallSite, decision: Decision, values: StepValues | None) 
     return {**arguments, **_parameters(site, decision, values), "provider": decision.provider}
 
 
-def _parameters(site: CallSite, decision: Decision, values: StepValues | None) -> dict[str, Any]:
+def _parameters(site: CallSite, decision: Decision, values: Values | None) -> dict[str, Any]:
     """What the rule set; a value that varies goes to the argument that takes it as a tensor."""
     assert decision.backend is not None
     tensors = {param.name: param.tensor for param in backend(decision.backend).params if param.tensor}

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import html
 import json
 from collections import Counter
 from collections.abc import Iterator
@@ -16,6 +15,7 @@ from ..attn_ops.call import AttentionCall, dtype_name
 from ..attn_ops.schedule import Schedule
 from ..lowering.decision import Decision
 from .hoist_tiling import Hoisted
+from .report_page import page
 from .site_check import COLUMNS as CHECK_COLUMNS
 from .site_check import SiteCheck
 from .table import aligned
@@ -62,6 +62,10 @@ class Row:
             rule,
             decision.why,
         )
+
+    def columns(self) -> dict[str, str]:
+        """The same by the names of the columns."""
+        return dict(zip(_COLUMNS[1:], self.cells(), strict=True))
 
     def to_dict(self) -> dict[str, Any]:
         """The row as plain values."""
@@ -177,16 +181,5 @@ class Report:
         return json.dumps(self.to_dict(), indent=indent)
 
     def to_html(self) -> str:
-        """The report as one self-contained HTML page."""
-        heading, *lines = self._table()
-        head = "".join(f"<th>{html.escape(column)}</th>" for column in heading)
-        body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in line) + "</tr>" for line in lines)
-        reasons = "".join(f"<li>{html.escape(line.strip())}</li>" for line in list(self._why_not())[1:])
-        notes = "".join(f"<p>Note: {html.escape(note)}</p>" for note in self.notes)
-        return (
-            "<!doctype html><meta charset='utf-8'><title>sparseattn report</title>"
-            "<style>body{font:14px system-ui;margin:2em}table{border-collapse:collapse}"
-            "td,th{padding:.3em .7em;border-bottom:1px solid #ccc;text-align:left}</style>"
-            f"<h1>sparseattn</h1><p>{html.escape(self.summary())}, policy hash {html.escape(self.policy_hash)}</p>"
-            f"{notes}<table><tr>{head}</tr>{body}</table><h2>Why not</h2><ul>{reasons}</ul>"
-        )
+        """The report as the text of one self-contained HTML file, for a phone as for a desk."""
+        return page(self)

@@ -12,7 +12,7 @@ import contextlib
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, fx
@@ -23,6 +23,13 @@ from ..attn_ops.step_range import Step
 from ..lowering.steps import current_step
 from .normalize.graph import value_of
 from .regions import HANDED_ON, region_name, regions_of
+
+
+class Values(Protocol):
+    """Brings the value of a parameter that is not one number to a site."""
+
+    def node(self, graph: fx.Graph, name: str, given: Schedule | tuple[float, ...], like: fx.Node) -> Any:
+        """What stands for the value in the graph, on the device of `like`."""
 
 
 @dataclass(frozen=True)
@@ -92,6 +99,14 @@ class StepValues:
         """Inputs to compile with, after those that Dynamo gave."""
         return [_tensor(_first(value.given), value.device) for value in self._values]
 
+    def bound(self, step: Step | None) -> dict[fx.Node, Tensor]:
+        """The inputs that were added to the root's graph, and their values at one step.
+
+        Raises:
+            PolicyError: if one follows the steps and there is none, or it is outside of what it follows.
+        """
+        return {self._nodes[self._root.graph, value]: value.at(step) for value in self._values}
+
     def feed(self, compiled: Callable[..., Any]) -> Callable[..., Any]:
         """The compiled graph as Dynamo calls it; the values of the step are added to every call."""
         if not self._values:
@@ -129,6 +144,7 @@ def _placeholder(graph: fx.Graph, value: _Value, like: fx.Node) -> fx.Node:
         node = graph.placeholder(f"sparseattn_{value.name}_{len(last)}")  # two layers may follow schedules of their own
     with getattr(value_of(like), "fake_mode", None) or contextlib.nullcontext():
         shape = () if isinstance(number := _first(value.given), float) else (len(number),)
-        node.meta["example_value"] = torch.empty(shape, dtype=torch.float32, device=value.device)
+        key = "example_value" if "example_value" in like.meta else "val"
+        node.meta[key] = torch.empty(shape, dtype=torch.float32, device=value.device)
     node._dynamo_source = None  # it is no variable of the user's
     return node

@@ -14,6 +14,7 @@ from types import ModuleType
 from typing import Any
 
 from ..attn_ops.errors import SparseAttnError
+from .calibration.samples import Sample
 
 TARGET = "FILE.py:NAME or package.module:NAME; NAME() returns (model, inputs)"
 
@@ -24,7 +25,7 @@ _NOT_THEIRS = ("<", *_OURS, *_INSTALLED)
 
 
 def load_target(verb: str, target: str) -> tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]:
-    """Call the function that `target` names.
+    """The model that a function named by `target` returns, and the inputs of one call of it: the first, of samples.
 
     Args:
         verb: what the user asked for, to begin an error with.
@@ -36,6 +37,43 @@ def load_target(verb: str, target: str) -> tuple[Callable[..., Any], tuple[Any, 
     Raises:
         SparseAttnError: if there is no such function, it fails, or it does not return (model, inputs).
     """
+    model, samples = load_samples(verb, target)
+    return model, tuple(samples[0].args), dict(samples[0].kwargs)
+
+
+def load_samples(verb: str, target: str) -> tuple[Callable[..., Any], list[Sample]]:
+    """The model that a function named by `target` returns, and all samples.
+
+    A tuple or a dict is the inputs of one call, a list is samples, each a tuple, a dict or a Sample; so that nothing
+    can be taken for the other.
+
+    Args:
+        verb: what the user asked for, to begin an error with.
+        target: FILE.py:NAME or package.module:NAME.
+
+    Raises:
+        SparseAttnError: if there is no such function, it fails, or it does not return (model, inputs), or no sample.
+    """
+    built = _call(verb, target)
+    if not isinstance(built, tuple) or len(built) != 2 or not isinstance(built[1], tuple | list | dict):
+        raise SparseAttnError(
+            f"{verb}: {target} must be a function that returns (model, inputs), the inputs as a tuple or a dict, or as "
+            "a list of several."
+        )
+    model, inputs = built
+    given = inputs if isinstance(inputs, list) else [inputs]
+    if not given:
+        raise SparseAttnError(f"{verb}: {target} returns no samples. Give at least one tuple of the model's inputs.")
+    if odd := [sample for sample in given if not isinstance(sample, tuple | dict | Sample)]:
+        raise SparseAttnError(
+            f"{verb}: {target} returns a list, which is one of samples, each a tuple, a dict or a Sample, got "
+            f"{type(odd[0]).__name__}. The inputs of one call are a tuple."
+        )
+    return model, [Sample.of(sample) for sample in given]
+
+
+def _call(verb: str, target: str) -> object:
+    """What the function that `target` names returns."""
     place, _, name = target.rpartition(":")
     if not place:
         raise SparseAttnError(f"{verb}: target must be FILE.py:NAME or package.module:NAME, got {target!r}.")
@@ -44,15 +82,10 @@ def load_target(verb: str, target: str) -> tuple[Callable[..., Any], tuple[Any, 
     with on_one_line(f"{verb}: {target}"):
         module = _load_file(Path(place)) if place.endswith(".py") else importlib.import_module(place)
         build = getattr(module, name, None)
-        built = build() if callable(build) else None
-    if build is None:
+        built: object = build() if callable(build) else None
+    if built is None:
         raise SparseAttnError(f"{verb}: {place} has no {name!r}. It must be a function that returns (model, inputs).")
-    if not isinstance(built, tuple) or len(built) != 2 or not isinstance(built[1], tuple | list | dict):
-        raise SparseAttnError(
-            f"{verb}: {target} must be a function that returns (model, inputs), the inputs as a tuple or a dict."
-        )
-    model, inputs = built
-    return (model, (), inputs) if isinstance(inputs, dict) else (model, tuple(inputs), {})
+    return built
 
 
 def _load_file(path: Path) -> ModuleType:

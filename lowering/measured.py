@@ -20,6 +20,8 @@ class MeasuredRule:
         rule: its number in the policy, from 1.
         error: what it adds to the error of the output, in the metric of the whole; None if not measured.
         density: fraction of the scores that its sites compute, 0 ... 1; None if not measured.
+        site_errors: for every range of steps, by head, the relative L2 error of its sites' own outputs; () if not
+            measured.
 
     Raises:
         PolicyError: if a value has a wrong type or is out of range.
@@ -28,6 +30,32 @@ class MeasuredRule:
     rule: int
     error: float | None = None
     density: float | None = None
+    site_errors: Sequence[Sequence[float]] = ()
+
+    def __post_init__(self) -> None:
+        _normalize(self)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The values that are set, as a file has them."""
+        return _given(self)
+
+
+@dataclass(frozen=True, slots=True)
+class MeasuredPoint:
+    """Something that a calibration tried, between dense attention and the sparsest candidates.
+
+    Args:
+        error: error of the model's output, in the metric of the whole.
+        density: fraction of the scores that all sites together compute, 0 ... 1; None if not known.
+        predicted_speedup: time of the dense model by that with it, as predicted; None if not known.
+
+    Raises:
+        PolicyError: if a value has a wrong type or is out of range.
+    """
+
+    error: float
+    density: float | None = None
+    predicted_speedup: float | None = None
 
     def __post_init__(self) -> None:
         _normalize(self)
@@ -51,9 +79,13 @@ class Measured:
         metric: what `error` and `budget` are, in words: "relative L2 of the output".
         budget: largest error that was allowed.
         error: error of the model's output.
-        predicted_speedup: time of the dense model by that with the policy, as predicted.
+        predicted_speedup: time of the dense model by that with the policy, as predicted from the times of its sites.
+        predicted_for: a machine that times were predicted for, by its name; None if they were measured.
+        attention_speedup: time of dense attention by that of what the policy puts in its place, all sites together.
         speedup: the same, as measured.
         density: fraction of the scores that all sites together compute, 0 ... 1.
+        step_ranges: the ranges of steps that were measured apart, as "0:10".
+        points: a MeasuredPoint for each policy that was tried; stored as a tuple.
         rules: a MeasuredRule for each rule that was measured by itself; stored as a tuple.
 
     Raises:
@@ -70,8 +102,12 @@ class Measured:
     budget: float | None = None
     error: float | None = None
     predicted_speedup: float | None = None
+    predicted_for: str | None = None
+    attention_speedup: float | None = None
     speedup: float | None = None
     density: float | None = None
+    step_ranges: Sequence[str] = ()
+    points: Sequence[MeasuredPoint] = ()
     rules: Sequence[MeasuredRule] = ()
 
     def __post_init__(self) -> None:
@@ -79,20 +115,32 @@ class Measured:
 
     def to_dict(self) -> dict[str, Any]:
         """The table [measured] of a policy file: the values that are set."""
-        rules = [rule.to_dict() for rule in self.rules]
-        return {**_given(self), **({"rules": rules} if rules else {})}
+        return _given(self)
 
 
-def _given(record: Measured | MeasuredRule) -> dict[str, Any]:
-    values = {field.name: getattr(record, field.name) for field in fields(record) if field.name != "rules"}
-    return {name: value for name, value in values.items() if value is not None}
+PARTS: dict[str, type[MeasuredRule | MeasuredPoint]] = {"points": MeasuredPoint, "rules": MeasuredRule}
+"""Fields of Measured that are records themselves."""
+
+_Record = Measured | MeasuredRule | MeasuredPoint
 
 
-def _normalize(record: Measured | MeasuredRule) -> None:
+def _given(record: _Record) -> dict[str, Any]:
+    values = {field.name: getattr(record, field.name) for field in fields(record)}
+    return {name: _plain(value) for name, value in values.items() if value not in (None, ())}
+
+
+def _plain(value: Any) -> Any:
+    """Records as tables and tuples as lists, as files have them."""
+    if isinstance(value, tuple):
+        return [_plain(item) for item in value]
+    return value.to_dict() if isinstance(value, _Record) else value
+
+
+def _normalize(record: _Record) -> None:
     """Give every field that is set its normal form."""
     for field in fields(record):
         value = getattr(record, field.name)
-        if value is None and field.default is None:
+        if value == field.default:
             continue
         read, must, example = _FORMS[field.name]
         try:
@@ -140,6 +188,28 @@ def _rule_number(value: object) -> int:
     return value
 
 
+def _list_of(read: Callable[[object], object]) -> Callable[[object], tuple[object, ...]]:
+    def read_all(value: object) -> tuple[object, ...]:
+        if not isinstance(value, list | tuple):
+            raise TypeError
+        return tuple(read(item) for item in value)
+
+    return read_all
+
+
+def _point(value: object) -> MeasuredPoint:
+    if not isinstance(value, MeasuredPoint):
+        raise TypeError
+    return value
+
+
+def _step_range(value: object) -> str:
+    first, _, end = _text(value).partition(":")
+    if not (first.isdecimal() and end.isdecimal() and int(first) < int(end)):
+        raise ValueError
+    return f"{int(first)}:{int(end)}"
+
+
 def _rules(value: object) -> tuple[MeasuredRule, ...]:
     if not isinstance(value, list | tuple) or not all(isinstance(item, MeasuredRule) for item in value):
         raise TypeError
@@ -162,9 +232,18 @@ _FORMS: dict[str, tuple[Callable[[object], object], str, str]] = {
     "budget": _ERROR,
     "error": _ERROR,
     "predicted_speedup": _SPEEDUP,
+    "predicted_for": (_device, 'be "sm80", "sm90" or another machine', '"sm90"'),
+    "attention_speedup": _SPEEDUP,
     "speedup": _SPEEDUP,
     "density": (_number(0.0, 1.0), "be a number from 0 to 1", "0.3"),
     "rule": (_rule_number, "be the number of a rule, from 1", "1"),
+    "site_errors": (
+        _list_of(_list_of(_number(0.0))),
+        "list numbers of at least 0 by range of steps and head",
+        "[[0.01, 0.02]]",
+    ),
+    "step_ranges": (_list_of(_step_range), "list ranges of steps", '["0:10", "10:20"]'),
+    "points": (_list_of(_point), "list what was tried", "[{ error = 0.01, density = 0.3 }]"),
     "rules": (_rules, "be a list that names each rule once", "[{ rule = 1, error = 0.004, density = 0.3 }]"),
 }
 """Field -> how it is read, what it must be, and an example."""

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ..attn_ops.errors import PolicyError, nearest
-from .measured import Measured, MeasuredRule
+from .measured import PARTS, Measured, MeasuredPoint, MeasuredRule
 from .rule import Rule
 from .rule_fields import wrong
 
@@ -33,7 +33,7 @@ SUFFIXES = (".toml", ".json")
 _KEYS = ("version", "name", "rules", "measured")
 _RULE_KEYS = tuple(field.name for field in fields(Rule))
 _MEASURED_KEYS = tuple(field.name for field in fields(Measured))
-_MEASURED_RULE_KEYS = tuple(field.name for field in fields(MeasuredRule))
+_PART_KEYS = {name: tuple(field.name for field in fields(part)) for name, part in PARTS.items()}
 
 
 def read_table(path: Path) -> object:
@@ -97,13 +97,14 @@ def parse_table(table: object, where: str) -> dict[str, Any]:
     return given
 
 
-def _numbered(rules: object, where: str, key: str) -> list[tuple[object, str]]:
-    """The items of a list of rules, each with its place."""
-    if not isinstance(rules, list | tuple):
+def _numbered(items: object, where: str, key: str) -> list[tuple[object, str]]:
+    """The items of a list of tables, such as the rules, each with its place."""
+    name = key.rpartition(".")[2]
+    if not isinstance(items, list | tuple):
         raise PolicyError(
-            f"{where}: rules must be a list of tables, got {rules!r}. In TOML, begin each with [[{key}]]."
+            f"{where}: {name} must be a list of tables, got {items!r}. In TOML, begin each with [[{key}]]."
         )
-    return [(rule, f"{where}: rule {number}") for number, rule in enumerate(rules, 1)]
+    return [(item, f"{where}: {name.removesuffix('s')} {number}") for number, item in enumerate(items, 1)]
 
 
 def _parse_rule(table: object, where: str) -> Rule:
@@ -116,18 +117,20 @@ def _parse_rule(table: object, where: str) -> Rule:
 
 def _parse_measured(table: object, where: str) -> Measured:
     given = _checked_keys(table, _MEASURED_KEYS, where)
-    entries = _numbered(given.get("rules", ()), where, "measured.rules")
-    rules = [_parse_measured_rule(entry, place) for entry, place in entries]
+    for name in PARTS.keys() & given.keys():
+        entries = _numbered(given[name], where, f"measured.{name}")
+        given[name] = [_parse_part(name, entry, place) for entry, place in entries]
     with _at(where):
-        return Measured(**{**given, "rules": rules})
+        return Measured(**given)
 
 
-def _parse_measured_rule(table: object, where: str) -> MeasuredRule:
-    given = _checked_keys(table, _MEASURED_RULE_KEYS, where)
-    if "rule" not in given:
-        raise PolicyError(f"{where}: rule is missing. Write the number of the rule, for example rule = 1.")
+def _parse_part(name: str, table: object, where: str) -> MeasuredRule | MeasuredPoint:
+    given = _checked_keys(table, _PART_KEYS[name], where)
+    first, example = {"rules": ("rule", "the number of the rule"), "points": ("error", "what was measured")}[name]
+    if first not in given:
+        raise PolicyError(f"{where}: {first} is missing. Write {example}, for example {first} = 1.")
     with _at(where):
-        return MeasuredRule(**given)
+        return PARTS[name](**given)
 
 
 @contextlib.contextmanager

@@ -11,7 +11,7 @@ from ...attn_ops.param import numbers, varies
 from ...attn_ops.registry import backend
 from ...lowering.rule import Rule
 
-RATIOS = (1.0, 0.6, 0.45, 0.35, 0.25, 0.18, 0.12, 0.08, 0.05)
+RATIOS = (1.0, 0.8, 0.6, 0.45, 0.35, 0.25, 0.18, 0.12, 0.08, 0.05, 0.03)
 """Fractions of the key blocks to keep, for a backend that is given by its name alone; 1 is for a head beside others."""
 
 DEFAULT = ("block_topk",)

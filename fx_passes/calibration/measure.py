@@ -6,8 +6,6 @@ dense attention's; nothing of q, k and v is kept.
 
 from __future__ import annotations
 
-import math
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -17,21 +15,11 @@ import torch
 from torch import Tensor, fx
 
 from ...attn_ops.capability import Capability
-from ...lowering.decide import decide
-from ...lowering.policy import Policy
-from ..layouts import Grids
-from ..normalize.multihead import open_multihead
-from ..normalize.unfused import fuse_unfused
-from ..place_op import arguments_of
-from ..rewrite import graphs_of
-from ..sites import CallSite, find_sites
+from ..sites import CallSite
+from .attend import Attend, at_every_site, decision_at, serve
 from .candidates import Candidate
-from .choose import DENSE
-from .ledger import Ledger, Objective, Place
-
-_REPEATS = 3
-
-Attend = Callable[..., Tensor]
+from .clock import Clock, Predicted, timed, untimed
+from .ledger import DENSE, Ledger, Objective, Place
 
 
 @dataclass
@@ -43,6 +31,7 @@ class Measurement:
         bucket: number of the range of steps that the loop is in now.
         objective: without "time", nothing is timed.
         ledger: takes the sums.
+        target: a machine that is not here, whose times are predicted instead.
         machine: the one that the sites are on, once they were found.
     """
 
@@ -50,19 +39,13 @@ class Measurement:
     bucket: Callable[[], int]
     objective: Objective
     ledger: Ledger = field(default_factory=Ledger)
+    target: Capability | None = None
     machine: Capability | None = None
     _refused: set[tuple[str, str]] = field(default_factory=set)
 
     def backend(self, gm: fx.GraphModule, _inputs: Sequence[Any]) -> Callable[..., Any]:
         """For torch.compile: the graph as it is, with a probe behind every site."""
-        grids = Grids(gm)
-        for graph in graphs_of(gm):
-            open_multihead(graph)
-            fuse_unfused(graph)
-            for site in find_sites(graph, grids):
-                self._probe(site)
-            graph.recompile()
-        return gm.forward
+        return at_every_site(gm, self._probe)
 
     def kept(self, number: int) -> float | None:
         """The share of the scores that a candidate computes, or dense attention; None if it is not known."""
@@ -73,23 +56,27 @@ class Measurement:
         return "".join(f"\n  {module}: {reason}" for module, reason in sorted(self._refused))
 
     def _probe(self, site: CallSite) -> None:
-        attends = {number: attend for number, one in enumerate(self.candidates) if (attend := self._attend(site, one))}
+        attends = {number: attend for number, one in enumerate(self.candidates) if (attend := self._serve(site, one))}
         if not attends:
             return
-        probe = Probe(site, attends, self)
+        probe = Probe(site, attends, self._clock(site), self)
         graph, node = site.node.graph, site.node
         with graph.inserting_after(node):
             graph.call_function(probe, (site.q, site.k, site.v, node, node.args, node.kwargs))
 
-    def _attend(self, site: CallSite, candidate: Candidate) -> Attend | None:
+    def _serve(self, site: CallSite, candidate: Candidate) -> Attend | None:
         self.machine = Capability.current(site.device)
-        decision = decide(site.call, self.machine, Policy([candidate.rule]), module=site.module)
-        if decision.is_dense or isinstance(site.scale, fx.Node):
-            self._refused.add((site.module, decision.why))
-            return None
-        op = getattr(torch.ops.sparseattn, decision.op).default
-        arguments = arguments_of(site, decision, None)
-        return lambda q, k, v: op(q, k, v, **arguments)[0]
+        served = serve(site, candidate.rule)
+        there = None if self.target is None else decision_at(site, candidate.rule, self.target)
+        why = served if isinstance(served, str) else there.why if there is not None and there.is_dense else ""
+        if why:
+            self._refused.add((site.module, why))
+        return None if why or isinstance(served, str) else served
+
+    def _clock(self, site: CallSite) -> Clock:
+        if self.objective != "time":
+            return untimed
+        return timed if self.target is None else Predicted(site.call, self.candidates, self.target)
 
 
 class Probe:
@@ -98,14 +85,16 @@ class Probe:
     Args:
         site: the site.
         attends: the candidates that can serve it, by number.
+        clock: tells what they cost.
         into: takes the sums.
     """
 
     __name__ = "probe"  # the code of a graph calls it by name
 
-    def __init__(self, site: CallSite, attends: dict[int, Attend], into: Measurement) -> None:
-        self._module, self._kind, self._dense = site.module, site.call.kind, cast("Attend", site.node.target)
-        self._attends, self._into = attends, into
+    def __init__(self, site: CallSite, attends: dict[int, Attend], clock: Clock, into: Measurement) -> None:
+        self._module, self._kind = site.module, site.call.kind
+        self._dense = cast("Callable[..., Tensor]", site.node.target)
+        self._attends, self._clock, self._into = attends, clock, into
 
     @torch.no_grad()
     def __call__(
@@ -113,33 +102,11 @@ class Probe:
     ) -> None:
         """Compare every candidate with `dense`, which the site computes from args and kwargs."""
         place = Place(self._module, self._kind, self._into.bucket())
-        ledger, run = self._into.ledger, _timed if self._into.objective == "time" else _untimed
+        ledger = self._into.ledger
         scores = float(q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2])
-        seconds = _timed(lambda: self._dense(*args, **kwargs))[1] if run is _timed else math.inf
+        _, seconds = self._clock(DENSE, partial(self._dense, *args, **kwargs))
         ledger.at(place, DENSE).add(dense, dense, seconds, scores)
         for number, attend in self._attends.items():
-            ours, seconds = run(partial(attend, q, k, v))
+            ours, seconds = self._clock(number, partial(attend, q, k, v))
             kept = self._into.kept(number)
             ledger.at(place, number).add(ours, dense, seconds, scores if kept is None else scores * kept)
-
-
-def _timed(run: Callable[[], Tensor]) -> tuple[Tensor, float]:
-    """What it gives, and the least of a few times; the first run, which may compile a kernel, is not one."""
-    out = run()
-    times = []
-    for _ in range(_REPEATS):
-        _wait(out)
-        start = time.perf_counter()
-        run()
-        _wait(out)
-        times.append(time.perf_counter() - start)
-    return out, min(times)
-
-
-def _untimed(run: Callable[[], Tensor]) -> tuple[Tensor, float]:
-    return run(), math.inf
-
-
-def _wait(like: Tensor) -> None:
-    if like.is_cuda:
-        torch.cuda.synchronize(like.device)

@@ -84,6 +84,9 @@ class Samples:
             raise PolicyError(f"calibrate: no sample has a step in {empty[0][0]} ... {empty[0][1] - 1}.")
         return cls(calls, total, ranges)
 
+    def __iter__(self) -> Iterator[Sample]:
+        return iter(self._calls)
+
     def __len__(self) -> int:
         return len(self._calls)
 
@@ -97,6 +100,13 @@ class Samples:
     def bucket(self) -> int:
         """The number of the range that the current step is in; 0 where there are none."""
         step = current_step()
+        return self._bucket(None if step is None else step.index)
+
+    def bucket_of_each(self) -> list[int]:
+        """The number of every sample's range."""
+        return [self._bucket(call.step) for call in self._calls]
+
+    def _bucket(self, step: int | None) -> int:
         if self.buckets is None or step is None:
             return 0
-        return next(i for i, (first, end) in enumerate(self.buckets) if first <= step.index < end)
+        return next(i for i, (first, end) in enumerate(self.buckets) if first <= step < end)

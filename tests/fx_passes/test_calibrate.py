@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,10 @@ from torch import Tensor, nn
 import sparseattn
 from sparseattn import Policy, Rule, Sample
 from sparseattn.attn_ops.errors import PolicyError
-from sparseattn.fx_passes.calibration import measure
+from sparseattn.fx_passes.calibration import influence, measure
 from sparseattn.fx_passes.calibration.candidates import expand
-from sparseattn.fx_passes.calibration.choose import DENSE, choose
-from sparseattn.fx_passes.calibration.ledger import Ledger, Place, Sums
+from sparseattn.fx_passes.calibration.choose import choose
+from sparseattn.fx_passes.calibration.ledger import DENSE, Ledger, Place, Sums
 from sparseattn.fx_passes.calibration.output_error import OutputError
 from sparseattn.fx_passes.explain import traced_afresh
 
@@ -80,6 +81,12 @@ def calibrated(model: Any, given: Any = None, **options: Any) -> Policy:
     )
 
 
+def untimed(policy: Policy) -> Policy:
+    """The policy without what a clock told."""
+    assert policy.measured is not None
+    return replace(policy, measured=replace(policy.measured, speedup=None, date=None))
+
+
 @pytest.mark.parametrize("budget", [0.005, 0.1, 0.3])
 def test_the_true_error_is_within_the_budget_and_told(model: nn.Module, budget: float) -> None:
     policy = calibrated(model, budget=budget)
@@ -116,11 +123,11 @@ def test_by_time_uses_what_was_measured(model: nn.Module, monkeypatch: pytest.Mo
     """Where dense attention is the fastest by the clock, it stays, whatever the budget."""
     calls = []
 
-    def timed(run: Callable[[], Tensor]) -> tuple[Tensor, float]:
+    def timed(number: int, run: Callable[[], Tensor]) -> tuple[Tensor, float]:
         calls.append(run)
-        return run(), 1.0 if len(calls) % (len(LADDER) + 1) == 1 else 2.0
+        return run(), 1.0 if number == DENSE else 2.0
 
-    monkeypatch.setattr(measure, "_timed", timed)
+    monkeypatch.setattr(measure, "timed", timed)
     assert calibrated(model, budget=10.0, objective="time").rules == ()
     assert len(calls) == 2 * 3 * (len(LADDER) + 1)
 
@@ -154,9 +161,20 @@ def test_an_interrupted_calibration_goes_on(model: nn.Module, tmp_path: Path, mo
         calibrated(model, state=state)
     assert state.exists()
     again = calibrated(model, state=state)
-    assert again.to_toml() == whole.to_toml()
+    assert untimed(again).to_toml() == untimed(whole).to_toml()
     assert len(ran) == 4 + 2 * 2  # the first sample was not measured again
-    assert list(tmp_path.iterdir()) == []
+    assert list(tmp_path.iterdir()) == [state]
+
+
+def test_another_budget_needs_only_the_search(
+    model: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = calibrated(model, budget=0.1, metric="rmse")
+    calibrated(model, state=tmp_path / "state.pt")
+    for measured in (measure.Probe, influence.Tap):
+        monkeypatch.setattr(measured, "__call__", None)
+    again = calibrated(model, state=tmp_path / "state.pt", budget=0.1, metric="rmse")
+    assert untimed(again).to_toml() == untimed(whole).to_toml()
 
 
 def test_one_interrupted_while_it_verifies_does_not_measure_again(
@@ -172,7 +190,8 @@ def test_one_interrupted_while_it_verifies_does_not_measure_again(
         with pytest.raises(KeyboardInterrupt):
             calibrated(model, state=tmp_path / "state.pt")
     monkeypatch.setattr(measure.Probe, "__call__", stop)
-    assert calibrated(model, state=tmp_path / "state.pt").to_toml() == whole.to_toml()
+    again = calibrated(model, state=tmp_path / "state.pt")
+    assert untimed(again).to_toml() == untimed(whole).to_toml()
 
 
 def test_what_a_candidate_asks_stays_in_the_rules(model: nn.Module) -> None:
@@ -223,19 +242,57 @@ def test_a_model_without_attention_is_refused() -> None:
 
 
 @pytest.mark.parametrize("content", [b"not a state", None])
-def test_a_state_of_something_else_is_refused_and_left(
-    model: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes | None
-) -> None:
+def test_a_state_of_something_else_is_refused_and_left(model: nn.Module, tmp_path: Path, content: bytes | None) -> None:
     state = tmp_path / "state.pt"
     if content is None:
-        monkeypatch.setattr(Path, "unlink", lambda *_, **__: None)
         calibrated(model, samples(1), state=state)
     else:
         state.write_bytes(content)
     before = state.read_bytes()
-    with pytest.raises(PolicyError, match=r"state\.pt is (not the state|of another calibration: samples differ)"):
+    with pytest.raises(
+        PolicyError, match=r"state\.pt is (not the state|of another calibration: samples, values differ)"
+    ):
         calibrated(model, state=state)
     assert state.read_bytes() == before
+
+
+def test_a_state_of_other_values_is_refused(model: nn.Module, tmp_path: Path) -> None:
+    calibrated(model, state=tmp_path / "state.pt")
+    with pytest.raises(PolicyError, match="of another calibration: values differ"):
+        calibrated(model, samples()[::-1], state=tmp_path / "state.pt")
+    with torch.no_grad():
+        next(model.parameters()).mul_(1.01)
+    with pytest.raises(PolicyError, match="of another calibration: values differ"):
+        calibrated(model, state=tmp_path / "state.pt")
+
+
+def test_a_policy_of_the_environment_does_not_stand_in_for_the_result(
+    model: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SPARSEATTN_POLICY", "exact")
+    policy = calibrated(model, budget=0.1)
+    assert policy.measured is not None
+    assert policy.measured.error is not None
+    assert policy.measured.error > 0
+    monkeypatch.setenv("SPARSEATTN_DISABLE", "1")
+    with pytest.raises(PolicyError, match="SPARSEATTN_DISABLE is set"):
+        calibrated(model)
+
+
+def test_a_function_is_calibrated(model: nn.Module) -> None:
+    def attend(q: Tensor) -> Tensor:
+        return nn.functional.scaled_dot_product_attention(q, q, q)
+
+    given = [(smooth(0).unflatten(-1, (HEADS, DIM)).transpose(1, 2),)]
+    policy = calibrated(attend, given, weigh="site", budget=0.5)
+    assert [rule.modules for rule in policy.rules] == [("*",)]
+
+
+def test_lengths_that_differ_under_one_layout(model: nn.Module) -> None:
+    """A candidate that knows the grid serves the length that the grid has, and no other."""
+    tiles = [Rule("sta", layout=[4, 8, 8], params={"window": [3, 3, 3], "tile": [2, 4, 4]}), *LADDER]
+    given = [(smooth(0),), (smooth(1)[:, : SEQ // 2],)]
+    assert calibrated(model, given, candidates=tiles, objective="time", budget=0.1).measured is not None
 
 
 def test_nothing_is_left_behind(model: nn.Module) -> None:

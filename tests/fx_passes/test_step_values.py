@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 import sparseattn
 from sparseattn import Policy, Rule, Schedule
+from sparseattn.attn_ops.errors import PolicyError
 
 BLOCKS = {"block_q": 16, "block_k": 16}
 LINE = Schedule(kind="linear", start=1.0, end=0.25)
@@ -69,6 +70,21 @@ def test_a_number_for_each_head() -> None:
     with torch.no_grad():
         out = compiled(model, keep([1.0, 0.25]))(x)
         torch.testing.assert_close(out, block_topk(x, model, [1.0, 0.25]), rtol=1e-4, atol=1e-5)
+
+
+def test_a_table_may_mix_numbers_and_lists_of_heads() -> None:
+    model, x = SelfAttention(), tokens()
+    heads = [0.25 + 0.5 * (i % 2) for i in range(model.heads)]
+    run = compiled(model, keep(Schedule(kind="table", values=(0.5, heads))), inner="inductor")
+    counters = torch._dynamo.utils.counters["stats"]
+    counters.clear()
+    with torch.no_grad():
+        for index, ratio in enumerate((0.5, heads)):
+            with sparseattn.steps(index, 2):
+                torch.testing.assert_close(run(x), block_topk(x, model, ratio), rtol=1e-4, atol=1e-5)
+    assert counters["unique_graphs"] == 1
+    with pytest.raises(PolicyError, match="as many numbers at every step, got 2 and 3"):
+        Schedule(kind="table", values=((0.1, 0.2), (0.1, 0.2, 0.3)))
 
 
 def test_a_list_of_another_length_stays_dense_with_the_reason() -> None:

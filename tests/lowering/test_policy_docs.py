@@ -6,7 +6,7 @@ import pytest
 
 from sparseattn.lowering import precedence, presets
 from sparseattn.lowering.policy import Policy
-from sparseattn.lowering.policy_file import _MEASURED_KEYS, _MEASURED_RULE_KEYS, _RULE_KEYS
+from sparseattn.lowering.policy_file import _MEASURED_KEYS, _PART_KEYS, _RULE_KEYS
 
 PAGE = (Path(__file__).parents[2] / "docs" / "policy.md").read_text(encoding="utf-8")
 
@@ -32,7 +32,8 @@ def test_the_example_of_what_was_measured_is_complete(tmp_path):
     path.write_text(block("toml", "[[rules]]") + block("toml", "[measured]"), encoding="utf-8")
     measured = Policy.load(path).measured
     assert set(measured.to_dict()) == set(_MEASURED_KEYS)
-    assert set(measured.rules[0].to_dict()) == set(_MEASURED_RULE_KEYS)
+    for name, keys in _PART_KEYS.items():
+        assert set(getattr(measured, name)[0].to_dict()) == set(keys)
 
 
 def test_the_python_example_runs():
