@@ -29,4 +29,4 @@ $(VENV)/.ready: pyproject.toml
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info demo_out finetune_out
+	rm -rf $(VENV) build dist *.egg-info calibrate_out demo_out finetune_out

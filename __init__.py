@@ -27,13 +27,14 @@ from sparseattn.lowering.sta_strategy import StaStrategy
 from sparseattn.lowering.steps import step_callback, steps
 
 if TYPE_CHECKING:
-    from sparseattn.fx_passes import viz
+    from sparseattn.fx_passes import export, viz
     from sparseattn.fx_passes.calibration.calibrate import calibrate
     from sparseattn.fx_passes.calibration.samples import Sample
     from sparseattn.fx_passes.convert import Conversion, convert, unconvert
     from sparseattn.fx_passes.explain import explain
     from sparseattn.fx_passes.publish import last_report
     from sparseattn.fx_passes.report import Report
+    from sparseattn.fx_passes.rewrite_program import rewrite
     from sparseattn.fx_passes.sta_losses import StaLosses, sta_losses
 
 __version__ = "0.1.0"
@@ -58,11 +59,13 @@ __all__ = [
     "calibrate",
     "convert",
     "explain",
+    "export",
     "fingerprint",
     "last_report",
     "nn",
     "ops",
     "register",
+    "rewrite",
     "sta_losses",
     "step_callback",
     "steps",
@@ -84,13 +87,14 @@ _LAZY = {
     "sta_losses": "sparseattn.fx_passes.sta_losses",
     "explain": "sparseattn.fx_passes.explain",
     "last_report": "sparseattn.fx_passes.publish",
+    "rewrite": "sparseattn.fx_passes.rewrite_program",
     "tune_sparge": "sparseattn.fx_passes.tune_sparge",
 }
 
 
 def __getattr__(name: str) -> Any:
-    if name == "viz":
-        return importlib.import_module("sparseattn.fx_passes.viz")
+    if name in ("export", "viz"):
+        return importlib.import_module(f"sparseattn.fx_passes.{name}")
     if name in _LAZY:
         return getattr(importlib.import_module(_LAZY[name]), name)
     raise AttributeError(f"module 'sparseattn' has no attribute {name!r}")

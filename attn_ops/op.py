@@ -28,6 +28,9 @@ _BELOW_AUTOGRAD = torch._C._after_autograd_keyset
 
 Kernel = Callable[..., Any]
 
+FORWARDS: dict[str, Kernel] = {}
+"""The Python that every op runs, by the op's name: for whoever opens an op into the operators it is made of."""
+
 
 def define_op(
     name: str,
@@ -55,6 +58,7 @@ def define_op(
     arguments = f"Tensor q, Tensor k, Tensor v, {arguments}"
     LIBRARY.define(f"{name}({arguments}) -> (Tensor out, Tensor lse)", tags=_TAGS)
     op: torch._ops.OpOverload = getattr(getattr(torch.ops, NAMESPACE), name).default
+    FORWARDS[name] = forward
     for key in _DEVICE_KEYS:
         LIBRARY.impl(name, forward, key)
     torch.library.register_fake(f"{NAMESPACE}::{name}", _fake_forward(check), lib=LIBRARY)

@@ -4,12 +4,14 @@
 
 The samples are calls of the denoising loop, each with its step. Another budget needs no more than the search: what was
 measured stays in a file. The errors are those of clips that calibration has not seen. The uniform policy beside each
-calibrated one has the ratio at which it takes as long, found by timing both in turns.
+calibrated one has the ratio at which it takes as long, found by timing both in turns. Pictures of both sizes of clip
+come out too; 4 minutes for 8 frames, 15 for 16, on two CPU cores.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import statistics
 import sys
 import time
@@ -26,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).with_name("tiny_video")))
 from diffusers import FlowMatchEulerDiscreteScheduler
 
 import sparseattn
-from sparseattn import Policy, Rule, Sample
+from sparseattn import Policy, Rule, Sample, viz
 
 from model import NOISE_SHIFT, TOKENS_PER_FRAME, initial_noise, load_model
 from shapes import sample_captions
@@ -40,7 +42,7 @@ Model = Callable[..., Any]
 
 @dataclass
 class Row:
-    """One budget, and what came of it: errors are relative L1 on held-out calls, speeds of the model to dense."""
+    """One budget, and what came of it: errors are relative L2 on held-out calls, speeds of the model to dense."""
 
     budget: float
     policy: Policy
@@ -67,17 +69,7 @@ class Row:
         )
 
 
-COLUMNS = (
-    "budget",
-    "error",
-    "density",
-    "predicted",
-    "measured",
-    "uniform",
-    "measured",
-    "error",
-    "uniform / calibrated",
-)
+COLUMNS = ("budget", "error", "density", "predicted", "speed", "uniform", "its speed", "its error", "error ratio")
 
 
 @torch.no_grad()
@@ -115,9 +107,10 @@ def run(model: Model, sample: Sample) -> Tensor:
 
 
 def error_of(model: Model, samples: list[Sample], dense: list[Tensor]) -> float:
-    """Relative L1 error over all samples."""
-    wrong = sum(float((run(model, sample) - want).abs().sum()) for sample, want in zip(samples, dense, strict=True))
-    return wrong / sum(float(want.abs().sum()) for want in dense)
+    """Relative L2 error over all samples."""
+    pairs = zip(samples, dense, strict=True)
+    wrong = sum(float((run(model, sample) - want).square().sum()) for sample, want in pairs)
+    return math.sqrt(wrong / sum(float(want.square().sum()) for want in dense))
 
 
 def seconds(models: list[Model], samples: list[Sample]) -> list[float]:
@@ -156,7 +149,8 @@ def uniform_as_fast(
 
 def row(model: Model, budget: float, samples: list[Sample], unseen: list[Sample], state: Path) -> Row:
     """Calibrate for one budget, and compare."""
-    policy = sparseattn.calibrate(model, samples, budget=budget, total_steps=STEPS, buckets=BUCKETS, state=state)
+    loop = {"total_steps": STEPS, "buckets": BUCKETS}
+    policy = sparseattn.calibrate(model, samples, budget=budget, metric="relative_l2", state=state, **loop)
     assert policy.measured is not None
     assert policy.measured.density is not None
     torch._dynamo.reset()
@@ -171,7 +165,7 @@ def main() -> None:
     """Run the comparison."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--frames", type=int, default=8, help=f"{TOKENS_PER_FRAME} tokens each")
-    parser.add_argument("--budgets", type=float, nargs="+", default=[0.005, 0.01, 0.02], help="relative L1 errors")
+    parser.add_argument("--budgets", type=float, nargs="+", default=[0.01, 0.02, 0.03], help="relative L2 errors")
     parser.add_argument("--out", type=Path, default=Path("calibrate_out"))
     options = parser.parse_args()
     options.out.mkdir(exist_ok=True)
@@ -182,6 +176,9 @@ def main() -> None:
         rows.append(row(model, budget, samples, unseen, options.out / f"measured_{options.frames}.pt"))
         rows[-1].policy.save(options.out / f"wan_{options.frames}_frames_{budget:g}.toml")
         print(table(rows), flush=True)
+    policies = {f"budget {row.budget:g}": row.policy for row in rows}
+    viz.budget_curve(policies).savefig(options.out / f"budgets_{options.frames}_frames.png")
+    viz.density_map(rows[-1].policy, total_steps=STEPS).savefig(options.out / f"density_{options.frames}_frames.png")
 
 
 def table(rows: list[Row]) -> str:

@@ -6,16 +6,13 @@ after:   pair = sparse_linear_attention(q, k, v, ..., weight=w, bias=b);  out = 
 
 from __future__ import annotations
 
-import contextlib
-from typing import Any
-
 import torch
 from torch import Tensor, fx
 
 from ..attn_ops.attach import ATTACH
 from ..attn_ops.errors import PolicyError
 from ..attn_ops.registry import backend
-from .normalize.graph import value_of
+from .normalize.graph import insert, value_of
 from .sites import CallSite, module_path
 
 _TARGETS = (ATTACH, ATTACH.overloadpacket)  # as we write it, and as Dynamo does
@@ -66,13 +63,4 @@ def _by_head(tensor: fx.Node, site: CallSite) -> fx.Node:
             f"{site.module}: its attention has {tokens} tokens and {heads} heads of {dim} channels, "
             f"and what is attached is {tuple(value.shape)}. Leave this module out of sparseattn.convert."
         )
-    with site.node.graph.inserting_before(site.node):
-        split = _method(site.node, tensor, "unflatten", -1, (heads, dim))
-        return _method(site.node, split, "transpose", 1, 2)
-
-
-def _method(site: fx.Node, tensor: fx.Node, name: str, *args: Any) -> fx.Node:
-    node, value = site.graph.call_method(name, (tensor, *args)), value_of(tensor)
-    with getattr(value, "fake_mode", None) or contextlib.nullcontext():
-        node.meta = {**site.meta, "example_value": getattr(value, name)(*args)}
-    return node
+    return insert(site.node, "transpose", insert(site.node, "unflatten", tensor, -1, (heads, dim)), 1, 2)

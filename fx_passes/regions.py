@@ -6,7 +6,10 @@ from collections.abc import Iterator
 
 from torch import fx
 
-HANDED_ON = ("tag_activation_checkpoint", "wrap", "invoke_subgraph")
+HANDED_ON = (
+    *("tag_activation_checkpoint", "wrap", "invoke_subgraph"),
+    *("wrap_with_autocast", "wrap_with_set_grad_enabled"),
+)
 """Regions whose last arguments are the operands of their sub-graph, and whose results are its results, as they are."""
 
 

@@ -21,8 +21,7 @@ from ..lowering.steps import current_step
 from .attached import AttachedTensors
 from .hoist_tiling import Hoisted, hoist_tiling
 from .layouts import Grids
-from .normalize.multihead import opaque_sites, open_multihead
-from .normalize.unfused import fuse_unfused
+from .normalize import PASSES, opaque_sites
 from .notes import unmatched_rules
 from .place_op import place_op
 from .probes import Probes
@@ -96,7 +95,7 @@ class _Rewriter:
     def rewrite(self, module: fx.GraphModule) -> list[Row]:
         """Rewrite one graph, without its sub-graphs."""
         opaque = [_opaque_row(node, reason, self.capability) for node, reason in opaque_sites(module)]
-        records = {record.site: record for record in (*open_multihead(module), *fuse_unfused(module))}
+        records = {record.site: record for normalize in PASSES for record in normalize(module)}
         attached = AttachedTensors(module.graph)
         rows, dense = [], set()
         for site in find_sites(module, self.grids):  # each is read after those before it: one may feed another

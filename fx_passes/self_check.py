@@ -25,7 +25,7 @@ from .publish import publish, remember
 from .regions import region_name
 from .report import Report, Row
 from .site_check import SiteCheck, limit_of, site_key
-from .step_values import StepValues, with_room
+from .step_values import StepValues, copied
 
 _log = logging.getLogger("sparseattn")
 _alive: weakref.WeakSet[SelfCheck] = weakref.WeakSet()
@@ -60,7 +60,7 @@ def compile_checked(
     """
     _refuse_nested(module)
     demoted = _demoted_before() if asked.on_failure == "demote" else {}
-    plain, checked = _copy(module), _copy(module)
+    plain, checked = copied(module), copied(module)
     values, checked_values, probes = StepValues(plain), StepValues(checked), Probes(checked)
     report = rewrite(plain, values=values, demoted=demoted)
     publish(report)
@@ -80,15 +80,6 @@ def _refuse_nested(module: fx.GraphModule) -> None:
     graphs = [child.graph for child in module.modules() if isinstance(child, fx.GraphModule)]
     if any(region_name(node) == "invoke_subgraph" for graph in graphs for node in graph.nodes):
         raise PolicyError("options: check must have a model without nested_compile_region, got one. Take either out.")
-
-
-def _copy(module: fx.GraphModule) -> fx.GraphModule:
-    """A copy of a Dynamo graph and its sub-graphs."""
-    copy = with_room(module)
-    for name, child in copy.named_children():
-        if isinstance(child, fx.GraphModule):
-            setattr(copy, name, _copy(child))
-    return copy
 
 
 def _demoted_before() -> dict[Hashable, str]:

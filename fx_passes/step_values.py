@@ -120,9 +120,10 @@ class StepValues:
 
 
 def with_room(module: fx.GraphModule) -> fx.GraphModule:
-    """A copy of a Dynamo graph, which shares its sub-graphs, that may gain inputs and outputs: Dynamo keeps its own."""
+    """A copy of a graph, which shares its sub-graphs, that may gain inputs and outputs: Dynamo keeps its own."""
     graph, nodes = fx.Graph(), dict[fx.Node, fx.Node]()
     graph.output(graph.graph_copy(module.graph, nodes))
+    graph.set_codegen(module.graph._codegen)
     graph.output_node().meta = dict(module.graph.output_node().meta)
     for node in module.graph.find_nodes(op="placeholder"):
         if hasattr(node, "_dynamo_source"):  # AOTAutograd reads it; those of a sub-graph have none
@@ -131,6 +132,15 @@ def with_room(module: fx.GraphModule) -> fx.GraphModule:
     copy.meta = module.meta
     if hasattr(module, "_param_name_to_source"):
         copy._param_name_to_source = module._param_name_to_source
+    return copy
+
+
+def copied(module: fx.GraphModule) -> fx.GraphModule:
+    """A copy of a graph and its sub-graphs, each with room; parameters and constants are shared."""
+    copy = with_room(module)
+    for name, child in copy.named_children():
+        if isinstance(child, fx.GraphModule):
+            setattr(copy, name, copied(child))
     return copy
 
 

@@ -61,3 +61,37 @@ def test_finetune_sla(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "sparse 90 %       6 / 64" in done.stdout
     assert {file.name for file in tmp_path.iterdir()} == {"losses.png", "contact_sheet.png", "results.json"}
+
+
+def test_calibrate_wan(tmp_path: Path) -> None:
+    """One frame, two calls: it calibrates, compares with a uniform ratio, and writes what it says."""
+    code = (
+        "import sys, calibrate_wan as example\n"
+        "example.STEPS, example.EVERY, example.BUCKETS, example.SEEDS, example.HELD_OUT = 2, 1, 2, (0,), (100,)\n"
+        "example._TURNS, example._TIMED, example._TRIES = 1, 1, 1\n"
+        f"sys.argv = ['calibrate_wan', '--frames', '1', '--budgets', '0.05', '--out', {str(tmp_path)!r}]\n"
+        "example.main()\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=False, cwd=EXAMPLES
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[1].split()[0] == "0.05"
+    files = {"budgets_1_frames.png", "density_1_frames.png", "measured_1.pt", "wan_1_frames_0.05.toml"}
+    assert {path.name for path in tmp_path.iterdir()} == files
+
+
+def test_export_all(tmp_path: Path) -> None:
+    """One frame, two of the formats: the files are loaded in processes of their own and agree."""
+    done = subprocess.run(
+        [
+            *(sys.executable, "-W", "ignore", EXAMPLES / "export_all.py", "--frames", "1", "--folder", tmp_path),
+            *("--formats", "torch.export", "ONNX"),
+        ],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "5 block_topk, 5 sdpa" in done.stdout
+    assert {"model.pt2", "model.report.json", "model.onnx"} <= {path.name for path in tmp_path.iterdir()}

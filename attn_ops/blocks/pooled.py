@@ -46,7 +46,7 @@ def pooled_scores(q: Tensor, k: Tensor, *, block_q: int, block_k: int) -> Tensor
     """mean(q block) . mean(k block) in fp32, (B, Hq, nq, nk), of q: (B, Hq, Sq, D) and k: (B, Hkv, Sk, D)."""
     mean_q, mean_k = block_mean(q, block_q), block_mean(k, block_k)
     (batch, kv_heads, _, dim), nq = mean_k.shape, mean_q.shape[2]
-    grouped = mean_q.reshape(batch, kv_heads, -1, nq, dim)
+    grouped = mean_q.reshape(batch, kv_heads, mean_q.shape[1] // kv_heads, nq, dim)
     return (grouped @ mean_k.unsqueeze(2).mT).flatten(1, 2)
 
 

@@ -58,6 +58,8 @@ def top_k_blocks(scores: Tensor, keep: int | Tensor, allowed: Tensor | None = No
     if isinstance(keep, int) and keep < 1:
         raise ArgumentError("top_k_blocks", "keep", "be at least 1", keep)
     n = scores.shape[-1]
+    if n == 0:
+        return lists_of(scores.isnan())
     scores = scores.masked_fill(scores.isnan(), torch.inf)
     if allowed is not None:
         scores = scores.masked_fill(~allowed, -torch.inf)

@@ -14,8 +14,7 @@ from ...lowering.decide import decide
 from ...lowering.decision import Decision
 from ...lowering.policy import Policy, Rule
 from ..layouts import Grids
-from ..normalize.multihead import open_multihead
-from ..normalize.unfused import fuse_unfused
+from ..normalize import PASSES
 from ..place_op import arguments_of, hold_layout
 from ..rewrite import graphs_of
 from ..sites import CallSite, find_sites
@@ -28,8 +27,8 @@ def at_every_site(gm: fx.GraphModule, visit: Callable[[CallSite], None]) -> Call
     """The graph of a backend, to be run op by op; `visit` may change it at each of its sites."""
     grids = Grids(gm)
     for graph in graphs_of(gm):
-        open_multihead(graph)
-        fuse_unfused(graph)
+        for normalize in PASSES:
+            normalize(graph)
         for site in find_sites(graph, grids):
             visit(site)
         graph.recompile()

@@ -154,6 +154,25 @@ def written_by(node: fx.Node) -> list[fx.Node]:
     return [target for target in changed if isinstance(target, fx.Node)]
 
 
+def written_meanwhile(node: fx.Node, matched: Sequence[fx.Node]) -> bool:
+    """Whether some other node writes in place between the first of `matched`, in graph order, and `node`."""
+    ours, cursor = set(matched), node
+    while cursor is not matched[0]:
+        cursor = cursor.prev
+        if cursor not in ours and writes(cursor):
+            return True
+    return False
+
+
+def nodes_between(before: fx.Node, node: fx.Node) -> tuple[fx.Node, ...]:
+    """The nodes after `before` and in front of `node`."""
+    found = []
+    while before.next is not node:
+        before = before.next
+        found.append(before)
+    return tuple(found)
+
+
 def _asks_inplace(node: fx.Node) -> bool:
     code = getattr(node.target, "__code__", None)
     names = code.co_varnames[: code.co_argcount] if code is not None else ()
@@ -183,10 +202,12 @@ def _target(op: str, exported: bool) -> Callable[..., Any]:
         "mul": aten.mul.Tensor,
         "permute": aten.permute.default,
         "squeeze": aten.squeeze.dim,
+        "to": aten.to.dtype,
         "transpose": aten.transpose.int,
+        "unflatten": aten.unflatten.int,
         "unsqueeze": aten.unsqueeze.default,
     }
-    if exported or op == "contiguous":  # a function for it exists only as an aten op
+    if exported or op in ("contiguous", "to"):  # a function for it exists only as an aten op
         return overloads[op]
     function: Callable[..., Any] = getattr(torch, op)
     return function

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, fx
 
 from .contraction import Operand, Output, Scores, read_outputs
-from .graph import insert, is_cast, is_plain, op_of, same_shape, same_size, value_of, writes
+from .graph import insert, is_cast, is_plain, nodes_between, op_of, same_shape, same_size, value_of, written_meanwhile
 from .layout import Copy, copy_to_keep_layout, inverse
 from .masks import HIDES, prove_mask
 from .record import Normalized
@@ -77,7 +77,7 @@ def _exact(node: fx.Node, output: Output, weights: Weights, scores: Scores) -> _
     matched = _in_graph_order(node, (*walked, *cast_q, *cast_k))
     if not _shapes_fit(q, k, output.v) or not _dtypes_fit(node, q, k, output, weights) or not weights.scale > 0:
         return None
-    if _written_meanwhile(node, matched) or not _fills_fit(weights, q, k):
+    if written_meanwhile(node, matched) or not _fills_fit(weights, q, k):
         return None
     causal, copy = _masks_fit(weights, q, k, dtype), copy_to_keep_layout(node, output.order)
     if causal is None or copy is None or not _factors_fit(weights, q):
@@ -155,16 +155,6 @@ def _in_graph_order(node: fx.Node, nodes: tuple[fx.Node, ...]) -> tuple[fx.Node,
     return tuple(reversed(ordered))
 
 
-def _written_meanwhile(node: fx.Node, matched: tuple[fx.Node, ...]) -> bool:
-    """Whether some other node writes in place between the first read and `node`, where SDPA will read everything."""
-    ours, cursor = set(matched), node
-    while cursor is not matched[0]:
-        cursor = cursor.prev
-        if cursor not in ours and writes(cursor):
-            return True
-    return False
-
-
 def _fuse(match: _Match) -> Normalized:
     node, before = match.node, match.node.prev
     rank = len(match.q.shape)
@@ -182,13 +172,7 @@ def _fuse(match: _Match) -> Normalized:
     out = out if match.order is None else insert(node, "permute", out, match.order)
     out = insert(node, "contiguous", out) if match.copy == "after" else out
     node.replace_all_uses_with(out)
-    return Normalized(site, ((node, out),), tuple(_between(before, node)), match.matched)
-
-
-def _between(before: fx.Node, node: fx.Node) -> Iterator[fx.Node]:
-    while before.next is not node:
-        before = before.next
-        yield before
+    return Normalized(site, ((node, out),), nodes_between(before, node), match.matched)
 
 
 def _mask(node: fx.Node, weights: Weights) -> fx.Node | None:

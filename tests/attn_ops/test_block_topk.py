@@ -217,3 +217,12 @@ def test_short_sequences_do_not_pay() -> None:
 def test_cross_attention_is_left_dense() -> None:
     call = AttentionCall(1, 4, 4, 4096, 77, 64, kind="cross")
     assert backend.BACKEND.reasons(call, Capability.of("cpu")) == ["cross-attention: 4096 queries, 77 keys"]
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(("seq_q", "seq_k"), [(0, 64), (64, 0), (0, 0)])
+def test_no_queries_or_no_keys(seq_q: int, seq_k: int, causal: bool) -> None:
+    q, k = torch.randn(1, 2, seq_q, 16), torch.randn(1, 2, seq_k, 16)
+    out, lse = torch.ops.sparseattn.block_topk_attention(q, k, k, causal=causal)
+    assert torch.equal(out, torch.zeros_like(q))
+    assert torch.equal(lse, torch.full((1, 2, seq_q), -torch.inf))

@@ -143,7 +143,7 @@ def test_a_new_compiler_or_source_is_a_new_file(monkeypatch: pytest.MonkeyPatch,
 def test_first_use_in_four_processes_at_once(tmp_path: Path) -> None:
     try:
         build.instruction_set()
-        build._compiler()
+        build.compiler_command()
     except build.BuildError as error:
         pytest.skip(str(error))
     command = [sys.executable, "-c", _FIRST_USE]

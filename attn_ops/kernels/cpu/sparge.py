@@ -16,7 +16,6 @@ from torch import Tensor
 from ...layout import empty_result, like_query
 from ...numerics.block_rounding import round_qk, round_v_fp8
 from ...numerics.quantize import mean_scores
-from . import block_sparse
 
 _LOG2_E = math.log2(math.e)
 _E4M3_MAX = 448.0
@@ -48,12 +47,14 @@ def attention(
     rounded = round_qk(q, k, block_q=block_q, block_k=block_k, smooth_k=smooth_k, causal=causal)
     queries, keys = rounded.numbers()
     if pv == "fp16" and pv_threshold is None:
-        out, lse = block_sparse.attention(
-            *(queries, keys, v.half().float(), block_index, block_count, None),
+        # As an op, so that a trace of this function has no call out of the graph in it.
+        out, lse = torch.ops.sparseattn.block_sparse_attention(
+            *(queries, keys, v.half().float(), block_index, block_count),
             block_q=block_q,
             block_k=block_k,
             causal=causal,
             scale=scale,
+            provider="cpu",
         )
     else:
         operands = _Operands(queries * (scale * _LOG2_E), keys, _values(v, pv, block_k, causal), block_k, causal, pv)

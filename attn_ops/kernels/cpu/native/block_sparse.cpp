@@ -1,4 +1,4 @@
-// Block-sparse attention and its gradients: a plain C interface, no torch headers.
+// Block-sparse attention and its gradients, without torch headers.
 //
 // Queries lie in vector lanes, in panels of up to 64: scores are S[key][query] = K Qt, the softmax runs down the keys
 // without a horizontal step, and O[channel][query] = Vt P. K and V are read in place, whatever their strides, nothing is
@@ -14,30 +14,6 @@
 #include <type_traits>
 
 namespace sparseattn {
-
-struct Tokens {  // (batch, heads, tokens, channels), unit stride on channels, the others in elements
-  char* data;
-  int64_t batch, head, token;
-};
-
-struct Lists {  // strides in elements, 0 along what is shared
-  const int32_t* data;
-  int64_t batch, head, row;
-};
-
-struct Call {
-  Tokens q, k, v, out, grad_out, grad_q;
-  float* lse;              // (batch, heads, seq_q)
-  const float* grad_lse;   // likewise, or null
-  float *grad_k, *grad_v;  // (splits, batch, kv_heads, seq_k, padded channels), zero
-  Lists index, count;
-  const int32_t* key_sizes;  // or null
-  int64_t batch, heads, kv_heads, seq_q, seq_k, block_q, block_k, width, splits;
-  int32_t channels, dtype, causal, threads;
-  float scale;
-};
-
-enum Status { DONE = 0, BAD_LISTS = 1, NO_MEMORY = 2 };
 
 namespace {
 
@@ -456,8 +432,7 @@ Status parallel(const Call& c, int64_t tasks, size_t scratch, int products, Body
 
 using namespace sparseattn;
 
-// Fills out and lse.
-extern "C" __attribute__((visibility("default"))) int sparseattn_forward(const Call* call) {
+int sparseattn_forward(const Call* call) {
   const Call& c = *call;
   const int64_t panels = panels_per_head(c);
   return parallel(c, c.batch * c.heads * panels, forward_scratch(c), 2, [&](int64_t task, Scratch scratch) {
@@ -469,9 +444,9 @@ extern "C" __attribute__((visibility("default"))) int sparseattn_forward(const C
   });
 }
 
-// Fills grad_q and adds to grad_k and grad_v. Every split of a key head has buffers of its own and takes its panels in
-// order, so the sums do not depend on which thread computes what.
-extern "C" __attribute__((visibility("default"))) int sparseattn_backward(const Call* call) {
+// Every split of a key head has buffers of its own and takes its panels in order, so the sums do not depend on which
+// thread computes what.
+int sparseattn_backward(const Call* call) {
   const Call& c = *call;
   const int64_t per_head = panels_per_head(c), group = c.heads / c.kv_heads, panels = group * per_head;
   const int64_t heads = c.batch * c.kv_heads, size = c.seq_k * padded(c.channels);

@@ -21,8 +21,9 @@ from pathlib import Path
 
 import torch
 
-SOURCES = ("block_sparse.cpp", "gemm.h", "simd.h")
-_FOLDER = Path(__file__).parent
+SOURCES = ("block_sparse.cpp", "block_sparse.h", "gemm.h", "simd.h")
+FOLDER = Path(__file__).parent
+"""Where the sources are."""
 _AVX2 = ("-mavx2", "-mfma", "-mf16c")
 _AVX512 = (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq")
 INSTRUCTION_SETS = {"avx512_bf16": (*_AVX512, "-mavx512bf16"), "avx512": _AVX512, "avx2": _AVX2}
@@ -45,11 +46,11 @@ def library_path() -> tuple[Path, str]:
         BuildError: if it cannot be had.
     """
     name = instruction_set()
-    compiler = _compiler()
+    compiler = compiler_command()
     key = hashlib.sha256("\0".join((*FLAGS, *INSTRUCTION_SETS[name], _version(compiler))).encode())
     try:
         for source in SOURCES:
-            key.update((_FOLDER / source).read_bytes())
+            key.update((FOLDER / source).read_bytes())
         file = f"block_sparse-{name}-{key.hexdigest()[:16]}.so"
         folders = _cache_folders()
         for folder in folders:
@@ -77,7 +78,12 @@ def instruction_set() -> str:
     raise BuildError("the CPU has no AVX2")
 
 
-def _compiler() -> list[str]:
+def compiler_command() -> list[str]:
+    """How to call the C++ compiler: CXX, or the first one that is installed.
+
+    Raises:
+        BuildError: if there is none.
+    """
     if given := os.environ.get("CXX"):
         return shlex.split(given)
     for name in _COMPILERS:
@@ -87,10 +93,10 @@ def _compiler() -> list[str]:
 
 
 def _version(compiler: list[str]) -> str:
-    return _run([*compiler, "--version"])
+    return run_compiler([*compiler, "--version"])
 
 
-def _run(command: list[str]) -> str:
+def run_compiler(command: list[str]) -> str:
     """What the command prints.
 
     Raises:
@@ -133,7 +139,7 @@ def _build(compiler: list[str], flags: tuple[str, ...], target: Path) -> None:
             return
         with tempfile.TemporaryDirectory(dir=target.parent, prefix="build-") as work:
             output = os.path.join(work, target.name)
-            _run([*compiler, *FLAGS, *flags, str(_FOLDER / SOURCES[0]), "-o", output])
+            run_compiler([*compiler, *FLAGS, *flags, str(FOLDER / SOURCES[0]), "-o", output])
             ctypes.CDLL(output)
             os.replace(output, target)
 

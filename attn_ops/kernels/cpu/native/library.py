@@ -1,6 +1,6 @@
 """The compiled kernel as a ctypes library: loaded once per process, or the reason why not.
 
-The structures mirror those of block_sparse.cpp, field by field.
+The structures mirror those of block_sparse.h, field by field.
 """
 
 from __future__ import annotations

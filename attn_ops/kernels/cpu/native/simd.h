@@ -2,6 +2,8 @@
 // Nothing reads or writes past the end of a caller's row; scratch rows are padded to LANE_PAD floats.
 #pragma once
 
+#include "block_sparse.h"
+
 #include <immintrin.h>
 
 #include <cmath>
@@ -21,8 +23,6 @@ constexpr int LANE_PAD = 16;
 
 typedef float Vec __attribute__((vector_size(4 * W)));
 #define INLINE inline __attribute__((always_inline))
-
-enum Dtype : int32_t { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
 
 INLINE int64_t size_of(Dtype dtype) { return dtype == FLOAT32 ? 4 : 2; }
 
