@@ -125,3 +125,23 @@ def test_a_compiled_package_at_three_lengths(tmp_path: Path) -> None:
     )
     for length, output in torch.load(tmp_path / "outputs.pt").items():
         torch.testing.assert_close(output, compiled(model)(given[length]), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("entry", [entry for entry in FOUR if entry.name != "llama"], ids=lambda entry: entry.name)
+@torch.no_grad()
+def test_a_compiled_package(entry: Entry, tmp_path: Path) -> None:
+    """In a process that does not import diffusers."""
+    model, inputs = built(entry)
+    program, report = sparseattn.rewrite(torch.export.export(model, (), inputs), POLICY)
+    path = export.aoti(program, tmp_path / "model.pt2", report, inductor_configs=QUICK)
+    torch.save(inputs, tmp_path / "inputs.pt")
+    run(
+        "import sys, torch, sparseattn\n"
+        "result = torch._inductor.aoti_load_package(sys.argv[1])(**torch.load(sys.argv[2]))\n"
+        "torch.save(result[0] if isinstance(result, tuple | list) else result, sys.argv[3])\n"
+        "assert 'diffusers' not in sys.modules",
+        path,
+        *(tmp_path / name for name in ("inputs.pt", "output.pt")),
+    )
+    expected = first(compiled(model)(**inputs))
+    torch.testing.assert_close(torch.load(tmp_path / "output.pt"), expected, rtol=1e-5, atol=1e-5)
