@@ -164,7 +164,7 @@ def row(model: Model, budget: float, samples: list[Sample], unseen: list[Sample]
 def main() -> None:
     """Run the comparison."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--frames", type=int, default=8, help=f"{TOKENS_PER_FRAME} tokens each")
+    parser.add_argument("--frames", type=int, default=16, help=f"{TOKENS_PER_FRAME} tokens each")
     parser.add_argument("--budgets", type=float, nargs="+", default=[0.01, 0.02, 0.03], help="relative L2 errors")
     parser.add_argument("--out", type=Path, default=Path("calibrate_out"))
     options = parser.parse_args()
