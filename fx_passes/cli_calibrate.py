@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, get_args
 from ..attn_ops.errors import SparseAttnError
 from ..lowering.policy import Policy, Rule
 from ..lowering.policy_file import SUFFIXES
-from ..lowering.precedence import effective_policy
 from .calibration.candidates import DEFAULT
 from .calibration.ledger import Objective
 from .calibration.output_error import Metric
@@ -115,7 +114,6 @@ def _calibrate(options: argparse.Namespace) -> tuple[str, int]:
     out = _checked_output(Path(options.output), options.force)
     state = _in_a_folder("--state", Path(options.state or f"{out}.state"))
     candidates = _candidates(options.candidates)
-    _check_nothing_overrules()
     model, samples = load_samples("calibrate", options.target)
     try:
         with on_one_line(f"calibrate: {options.target}"):
@@ -166,13 +164,6 @@ def _candidates(text: str) -> list[str | Rule]:
     for word in (word.strip() for word in text.split(",")):
         found += Policy.load(word).rules if word.endswith(SUFFIXES) else [word]
     return found
-
-
-def _check_nothing_overrules() -> None:
-    """Raises SparseAttnError if the environment says what is compiled, whatever calibration would try."""
-    tried = Policy([], name="calibrate")
-    if effective_policy(tried) is not tried:
-        raise SparseAttnError("calibrate: SPARSEATTN_DISABLE or SPARSEATTN_POLICY overrules what is tried. Unset it.")
 
 
 def _how_to_go_on(state: Path) -> str:

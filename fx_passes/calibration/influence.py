@@ -8,12 +8,13 @@ gradient g of <r, output> at the site has <g, d> = <r, J d>, the square of which
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
-from typing import Any, cast
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, fx
 
+from ...attn_ops.call import Kind
 from ...attn_ops.errors import PolicyError
 from ...lowering.rule import Rule
 from ..explain import traced_afresh
@@ -47,7 +48,7 @@ class Influence:
         self._run = traced_afresh(model, self._backend)
         self._start = torch.zeros((), requires_grad=True)
 
-    def add(self, first: int) -> Any:
+    def add(self, first: int) -> Iterator[None]:
         """Follow the errors of every sample from number `first` on; yields after each.
 
         Raises:
@@ -75,9 +76,9 @@ class Influence:
             again = turn < _SIGNS - 1
             torch.autograd.grad(outputs, [self._start], signs, retain_graph=again, allow_unused=True)
 
-    def place(self, module: str, kind: str) -> Place:
+    def place(self, module: str, kind: Kind) -> Place:
         """The place of a site in the range of steps that the loop is in now."""
-        return Place(module, cast("Any", kind), self._samples.bucket())
+        return Place(module, kind, self._samples.bucket())
 
     def _backend(self, gm: fx.GraphModule, _inputs: Sequence[Any]) -> Callable[..., Any]:
         return at_every_site(gm, self._tap)

@@ -7,6 +7,7 @@ from typing import Any, cast
 
 from torch import Tensor, fx
 
+from ...attn_ops.call import Kind
 from ...lowering.rule import Rule
 from ..explain import traced_afresh
 from ..normalize.graph import value_of
@@ -43,9 +44,9 @@ class Trial:
         self._plan = plan
         return self._samples.run(self._run)
 
-    def serves(self, module: str, kind: str) -> Rule | None:
+    def serves(self, module: str, kind: Kind) -> Rule | None:
         """What serves a site now."""
-        return self._plan.get(Place(module, cast("Any", kind), self._samples.bucket()))
+        return self._plan.get(Place(module, kind, self._samples.bucket()))
 
     def _backend(self, gm: fx.GraphModule, _inputs: Sequence[Any]) -> Callable[..., Any]:
         return at_every_site(gm, self._switch)
