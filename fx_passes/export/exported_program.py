@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -51,10 +52,33 @@ def load(path: str | Path) -> tuple[ExportedProgram, dict[str, Any] | None]:
 
     Returns:
         The program, and its report as `Report.to_dict` gives it; None where it was saved without.
+
+    Raises:
+        ArgumentError: if there is no exported program at the path.
     """
+    _check_holds_a_program(Path(path))
     extra = {MEMBER: ""}
     program = torch.export.load(Path(path), extra_files=extra)
     return program, json.loads(extra[MEMBER]) if extra[MEMBER] else None
+
+
+def _check_holds_a_program(path: Path) -> None:
+    """Raise ArgumentError if it does not; torch would, after two pages of its own logs."""
+    must, what_to_do = "be a file that save or torch.export.save wrote", ""
+    if not path.is_file():
+        raise ArgumentError("export.load", "path", must, f"{str(path)!r}, which is no file")
+    members = _members(path)
+    if any("/data/aotinductor/" in member for member in members):
+        what_to_do = "It is an AOTInductor package: torch._inductor.aoti_load_package loads it."
+    if not any(member.endswith("/models/model.json") for member in members):
+        raise ArgumentError("export.load", "path", must, repr(str(path)), what_to_do)
+
+
+def _members(path: Path) -> list[str]:
+    if not zipfile.is_zipfile(path):
+        return []
+    with zipfile.ZipFile(path) as archive:
+        return archive.namelist()
 
 
 def check_program(verb: str, program: object) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import zipfile
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -64,6 +65,18 @@ def test_the_report_is_in_the_file_and_beside_it(tmp_path: Path) -> None:
     loaded, inside = export.load(path)
     assert inside == export.read_report(path) == json.loads(report.to_json())
     assert [site["decision"]["provider"] for site in inside["sites"]] == [call.provider for call in op_calls(loaded)]
+
+
+def test_what_holds_no_exported_program_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "text.pt2").write_text("no archive")
+    with zipfile.ZipFile(tmp_path / "package.pt2", "w") as package:
+        package.writestr("package/data/aotinductor/model/model.so", "")
+    with pytest.raises(ArgumentError, match=r"missing.pt2', which is no file"):
+        export.load(tmp_path / "missing.pt2")
+    with pytest.raises(ArgumentError, match=r"must be a file that save or torch.export.save wrote, got .*text.pt2'"):
+        export.load(tmp_path / "text.pt2")
+    with pytest.raises(ArgumentError, match=r"torch._inductor.aoti_load_package loads it"):
+        export.load(tmp_path / "package.pt2")
 
 
 def test_a_process_without_us_is_told_what_to_import(tmp_path: Path) -> None:
