@@ -30,6 +30,7 @@ PACKAGES = {
 
 _GPU_NAMES = {80: "A100", 86: "RTX 30", 89: "RTX 40, L40", 90: "H100, H200", 100: "B200", 103: "B300", 120: "RTX 50"}
 _ASSUMED_TRITON = "3.6"
+_ASSUMED_KERNELS = {"avx512": "avx512_vnni", "avx2": "avx2", "default": ""}
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +41,7 @@ class Capability:
         device: device type, "cpu" or "cuda".
         sm: CUDA compute capability as one number (90 for 9.0), or None.
         cpu_isa: "avx512", "avx2" or "default".
+        cpu_kernels: instruction set that our C++ kernels are compiled for there, "" where they cannot be.
         torch: version of torch.
         packages: optional packages present, as sorted (import name, version) pairs.
     """
@@ -47,6 +49,7 @@ class Capability:
     device: str = "cpu"
     sm: int | None = None
     cpu_isa: str = "default"
+    cpu_kernels: str = ""
     torch: str = torch.__version__
     packages: tuple[tuple[str, str], ...] = ()
 
@@ -63,7 +66,8 @@ class Capability:
             ArgumentError: if the name is none of these.
         """
         if match := re.fullmatch(r"cpu(?:-(avx2|avx512))?", name):
-            return cls("cpu", cpu_isa=match[1] or "default", packages=_pairs(packages or {}))
+            isa = match[1] or "default"
+            return cls("cpu", cpu_isa=isa, cpu_kernels=_ASSUMED_KERNELS[isa], packages=_pairs(packages or {}))
         if match := re.fullmatch(r"(?:sm_?(\d{2,3})a?)|(?:(\d{1,2})\.(\d))", name):
             sm = int(match[1] or match[2] + match[3])
             assumed = {"triton": _ASSUMED_TRITON} if packages is None else packages
@@ -110,7 +114,7 @@ def _read(device: str, index: int | None) -> Capability:
     if device == "cuda" and torch.cuda.is_available():
         major, minor = torch.cuda.get_device_capability(index)
         sm = 10 * major + minor
-    return Capability(device, sm, _cpu_isa(), torch.__version__, _pairs(_installed()))
+    return Capability(device, sm, _cpu_isa(), _cpu_kernels(), torch.__version__, _pairs(_installed()))
 
 
 def _installed() -> dict[str, str]:
@@ -132,6 +136,12 @@ def _cpu_isa() -> str:
     if platform.machine().lower() not in ("x86_64", "amd64"):
         return "default"
     return {"AVX512": "avx512", "AVX2": "avx2"}.get(torch.backends.cpu.get_cpu_capability(), "default")
+
+
+def _cpu_kernels() -> str:
+    from .kernels.cpu.native.build import expected
+
+    return expected()
 
 
 def _pairs(packages: Mapping[str, str]) -> tuple[tuple[str, str], ...]:

@@ -6,6 +6,11 @@ import pytest
 import torch
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    what = "random calls of the native CPU kernel under the sanitizers (default: 60)"
+    parser.addoption("--sanitized-calls", type=int, default=60, metavar="N", help=what)
+
+
 @pytest.fixture(autouse=True)
 def _isolated() -> Iterator[None]:
     """The same numbers in every order of the tests, and no compiled graph of another test."""

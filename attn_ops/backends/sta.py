@@ -227,7 +227,7 @@ BACKEND = BackendSpec(
     support=Support(layout=True, causal=False, cross=False),
     why_not=_why_not,
     break_even=_break_even,
-    # On benchmarks/structured.py: 0.05 with windows of 0.56 of 2,048 tokens, 0.36 with 0.39 of 16,384, 0.56 with 0.11.
+    # On structured inputs: 0.05 with windows of 0.56 of 2,048 tokens, 0.36 with 0.39 of 16,384, 0.56 with 0.11.
     tolerance={"float32": 0.4, "bfloat16": 0.4, "float16": 0.4},
     providers=(
         Provider(

@@ -227,7 +227,7 @@ BACKEND = BackendSpec(
     support=Support(layout=True, causal=False, cross=False),
     why_not=_why_not,
     break_even=_break_even,
-    # On benchmarks/structured.py: 0.12 with 3 of 16 chunks of 2,048 tokens, 0.31 with 6 of 64 of 16,384.
+    # On inputs of benchmarks/harness: 0.12 with 3 of 16 chunks of 2,048 tokens, 0.31 with 6 of 64 of 16,384.
     tolerance={"float32": 0.3, "bfloat16": 0.3, "float16": 0.3},
     providers=(
         Provider(

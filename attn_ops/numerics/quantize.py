@@ -188,10 +188,13 @@ def _group_amax(token_amax: Tensor, groups: Groups) -> Tensor:
     """Give every token the largest value of its group: (B, H, S) to (B, H, S)."""
     tokens = token_amax.shape[-1]
     # Two periods or more, and some padding, whatever S: a size that is 1, or a padding that is 0, for some S only would
-    # compile a graph again.
+    # compile a graph again. Nothing is split by a number of periods or cut to S: a trace for any S could not prove that
+    # it fits.
     periods = tokens // groups.period + 2
     padded = torch.nn.functional.pad(token_amax, (0, periods * groups.period - tokens), value=-torch.inf)
     rows = groups.period // (groups.lanes * groups.run)
-    members = padded.view(*token_amax.shape[:-1], periods, rows, groups.lanes, groups.run)
-    amax = members.amax(dim=(-3, -1), keepdim=True)
-    return amax.expand_as(members).reshape(padded.shape)[..., :tokens].contiguous()
+    members = padded.unfold(-1, groups.period, groups.period).unflatten(-1, (rows, groups.lanes, groups.run))
+    token = torch.arange(tokens, device=token_amax.device)
+    group = token // groups.period * groups.lanes + token % (groups.lanes * groups.run) // groups.run
+    amax: Tensor = members.amax(dim=(-3, -1)).flatten(-2)
+    return amax.index_select(-1, group)

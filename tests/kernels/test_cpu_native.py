@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import ctypes
-import os
-import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from support.native_cases import Call, check_call, random_call, tensor
+from hypothesis import given
+from support import native_property, sanitized
+from support.native_cases import Call, Case, cases, check_case, repeatable, tensor
 from torch import Tensor
 
-import sparseattn
 from sparseattn.attn_ops.blocks.block_index import BlockIndex
 from sparseattn.attn_ops.errors import ArgumentError
 from sparseattn.attn_ops.kernels.cpu.native import block_sparse as native
@@ -33,10 +30,9 @@ def reason_for_none() -> str:
 
 pytestmark = pytest.mark.skipif(bool(reason := reason_for_none()), reason=f"no native kernel: {reason}")
 NAMES = list(build.INSTRUCTION_SETS)
-SEEDS, CHUNK = 320, 40
 
 
-@pytest.fixture(params=NAMES)
+@pytest.fixture(params=[name for name in NAMES if name != "avx512_vnni"])  # VNNI is for integers
 def library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> ctypes.CDLL:
     """The kernel compiled for one instruction set."""
     best = build.instruction_set()
@@ -68,10 +64,10 @@ def large_call(dtype: torch.dtype, causal: bool = False, dim: int = 64, density:
     return Call(q, k, v, random_lists(500, 64, density), causal, dim**-0.5)
 
 
-@pytest.mark.parametrize("first", range(0, SEEDS, CHUNK))
-def test_random_calls(library: ctypes.CDLL, first: int) -> None:
-    for seed in range(first, first + CHUNK):
-        check_call(library, random_call(seed))
+@repeatable(120)
+@given(case=cases())
+def test_random_calls(library: ctypes.CDLL, case: Case) -> None:
+    check_case(library, case)
 
 
 @pytest.mark.parametrize("causal", [False, True])
@@ -81,8 +77,9 @@ def test_error_of_a_usual_call(library: ctypes.CDLL, dtype: torch.dtype, dim: in
     call = large_call(dtype, causal, dim)
     (out, lse), (exact_out, exact_lse) = forward(library, call), exact(call)
     error = float((out.double() - exact_out).abs().sum() / exact_out.abs().sum())
-    # Rounding out to bf16 alone is 1.4e-3.
-    assert error <= (1e-6 if dtype is torch.float32 else 1.5e-3)
+    # Rounding out to bf16 alone is 1.4e-3; products in pairs round most of the weights too.
+    in_pairs = build.instruction_set() == "avx512_bf16" and dim % 2 == 0
+    assert error <= (1e-6 if dtype is torch.float32 else 2e-3 if in_pairs else 1.5e-3)
     assert float((lse - exact_lse).abs().max()) <= 1e-5
 
 
@@ -91,7 +88,20 @@ def test_bf16_is_more_exact_than_dense_attention_of_torch(library: ctypes.CDLL) 
     exact_out, _ = exact(call)
     dense = torch.nn.functional.scaled_dot_product_attention(call.q, call.k, call.v)
     errors = [float((x.double() - exact_out).abs().sum()) for x in (forward(library, call)[0], dense)]
-    assert errors[0] < 0.75 * errors[1]
+    assert errors[0] < 0.92 * errors[1]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_gradients_of_more_steps_than_are_kept(library: ctypes.CDLL, dtype: torch.dtype) -> None:
+    q, k, v, grad = (tensor("tokens first", 1, 1, tokens, 64, dtype) for tokens in (70, 300, 300, 70))
+    lists = BlockIndex.from_mask(torch.rand(1, 1, 1, 300) < 0.8, block_q=70, block_k=1, seq_q=70, seq_k=300)
+    call = Call(3 * q, 3 * k, v, lists, False, 0.125)  # sharp, so that the mean of grad_out . v matters
+    given = *forward(library, call), call.q, call.k, call.v, *call.arguments
+    grads = native.attention_backward(library, grad, None, *given, **call.settings)
+    inputs = (x.double() for x in (call.q, call.k, call.v))
+    exact_given = grad.double(), None, *exact(call), *inputs, *call.arguments
+    for got, want in zip(grads, reference.block_sparse_attention_backward(*exact_given, **call.settings), strict=True):
+        assert float((got.double() - want).norm()) <= 5e-3 * float(want.norm())
 
 
 @pytest.mark.parametrize("block", [(200, 300), (64, 1000), (1000, 64)])
@@ -178,25 +188,13 @@ def test_counts_out_of_range_are_refused(library: ctypes.CDLL) -> None:
         native.attention_backward(library, *given, *call.arguments, **call.settings)
 
 
-def test_no_stray_access(tmp_path: Path) -> None:
-    """Random calls under the address and undefined-behaviour sanitizers, in a process of its own."""
-    compiler = os.environ.get("CXX") or next(filter(None, map(shutil.which, ("g++", "clang++"))))
-    flags = ("-O0", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
-    target, source = tmp_path / "kernel.so", Path(build.__file__).parent / build.SOURCES[0]
-    command = [compiler, *build.FLAGS, *build.INSTRUCTION_SETS[build.instruction_set()], *flags, source, "-o", target]
-    built = subprocess.run(command, capture_output=True, text=True, check=False)
-    runtime = subprocess.run([compiler, "-print-file-name=libasan.so"], capture_output=True, text=True, check=False)
-    if built.returncode or not os.path.isabs(runtime.stdout.strip()):
-        pytest.skip(f"{compiler} has no sanitizers: {built.stderr[-200:]}")
-    root, tests = Path(sparseattn.__file__).parent.parent, Path(__file__).parents[1]
-    environment = {
-        **os.environ,
-        "LD_PRELOAD": runtime.stdout.strip(),
-        "ASAN_OPTIONS": "detect_leaks=0",  # the interpreter's own
-        "PYTHONPATH": os.pathsep.join((str(root), str(tests))),
-        "OMP_NUM_THREADS": "1",
-    }
-    script = tests / "support" / "native_cases.py"
-    run = [sys.executable, script, target, "0", "80"]
-    done = subprocess.run(run, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
+def test_random_calls_under_sanitizers(tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    """No stray access and no undefined behaviour; `--sanitized-calls 2000` is the long run."""
+    if why_not := sanitized.why_not(tmp_path):
+        pytest.skip(f"no sanitizers: {why_not}")
+    calls = request.config.getoption("--sanitized-calls")
+    done = sanitized.run(tmp_path, "native_property.py", calls)
+    printed = done.stdout.splitlines() or ["nothing"]
+    assert printed[-1] == native_property.STRAY, f"{printed[-1]}\n{done.stderr[-3000:]}"
+    assert len(printed) > calls
+    assert "AddressSanitizer: heap-buffer-overflow" in done.stderr

@@ -3,31 +3,24 @@
 from __future__ import annotations
 
 import _ctypes
+import json
 import logging
 import os
-import subprocess
+import shlex
+import shutil
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
+from support.fake_compiler import COPY, fake_compiler
 
 from sparseattn.attn_ops.blocks.block_index import BlockIndex
 from sparseattn.attn_ops.kernels.cpu import gathered
 from sparseattn.attn_ops.kernels.cpu.native import build, library
-
-# A compiler whose output can be loaded.
-_COPY = f"for last; do :; done; cp {_ctypes.__file__} $last"
-_FIRST_USE = """
-import torch
-from sparseattn.attn_ops.kernels.cpu.native.library import kernel
-torch.manual_seed(0)
-q = torch.randn(1, 1, 128, 16)
-index, count = torch.zeros(1, 1, 2, 1, dtype=torch.int32), torch.ones(1, 1, 2, dtype=torch.int32)
-out, _ = torch.ops.sparseattn.block_sparse_attention(q, q, q, index, count, block_q=64, block_k=64)
-print(kernel().detail, float(out.double().sum()))
-"""
+from sparseattn.fx_passes.cli import main
 
 
 @pytest.fixture(autouse=True)
@@ -38,13 +31,6 @@ def _fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     library.kernel.cache_clear()
     yield
     library.kernel.cache_clear()
-
-
-def fake_compiler(tmp_path: Path, body: str) -> str:
-    path = tmp_path / "fake-c++"
-    path.write_text(f'#!/bin/sh\nif [ "$1" = --version ]; then echo fake 1.0; exit 0; fi\n{body}\n')
-    path.chmod(0o755)
-    return str(path)
 
 
 def assert_gathered() -> None:
@@ -75,7 +61,7 @@ def test_switched_off(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCapture
         ("echo 'x.cpp:3: error: no such thing' >&2; exit 1", "failed with exit code 1: x.cpp:3: error: no such thing"),
         ("kill -9 $$", "failed with exit code -9: no message"),
         ("for last; do :; done; head -c 1000 /dev/zero > $last", "invalid ELF header"),
-        ("for last; do :; done; printf half > $last; echo 'No space left on device' >&2; exit 1", "No space left"),
+        (f"ulimit -f 1; {COPY.format(sys.executable)} && exit 0; exit 1", "failed with exit code"),
     ],
     ids=["error", "killed", "nonsense", "disk full"],
 )
@@ -89,6 +75,21 @@ def test_broken_compiler(
     assert record.name.startswith("sparseattn.")
     assert reason in record.getMessage()
     assert reason in library.detail()
+    assert not any((tmp_path / "cache").iterdir())
+
+
+def test_full_disk_while_compiling(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    """A limit on the size of files stands in for it: the compiler is stopped in the middle of one."""
+    try:
+        compiler = shlex.join(build.compiler_command())
+    except build.BuildError as error:
+        pytest.skip(str(error))
+    monkeypatch.setenv("CXX", fake_compiler(tmp_path, f'ulimit -f 16; exec {compiler} "$@" -O0'))
+    assert_gathered()
+    (record,) = caplog.records
+    assert "failed with exit code" in record.getMessage()
     assert not any((tmp_path / "cache").iterdir())
 
 
@@ -113,12 +114,35 @@ def test_cache_that_cannot_be_written_to(
     assert "no cache folder can be written to" in caplog.text
 
 
-def test_temporary_folder_where_the_home_cannot_be_written_to(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_cache_folder_in_which_nothing_can_be_made(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    folder = "/proc/self/fdinfo"  # not for root either
+    monkeypatch.setenv("SPARSEATTN_CACHE_DIR", folder)
+    monkeypatch.setenv("CXX", fake_compiler(tmp_path, "exit 1"))
+    assert_gathered()
+    (record,) = caplog.records
+    assert folder in record.getMessage()
+
+
+def test_full_cache_folder_need_not_be_writable(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("CXX", fake_compiler(tmp_path, COPY.format(_ctypes.__file__)))
+    built, _ = build.library_path()
+    monkeypatch.setattr(build, "_writable", lambda _folders: pytest.fail("nothing is to be written"))
+    built.parent.chmod(0o500)
+    assert build.library_path()[0] == built
+
+
+# The second stands for a folder that may not be looked into: root may look into all.
+@pytest.mark.parametrize("cache", ["file", "x" * 300], ids=["cannot be made", "cannot be looked into"])
+def test_temporary_folder_where_the_home_cannot_be_written_to(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, cache: str
+) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.delenv("SPARSEATTN_CACHE_DIR")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / cache))
     monkeypatch.setattr(build.tempfile, "tempdir", str(tmp_path))
-    monkeypatch.setenv("CXX", fake_compiler(tmp_path, _COPY))
+    monkeypatch.setenv("CXX", fake_compiler(tmp_path, COPY.format(_ctypes.__file__)))
     path, _ = build.library_path()
     assert path.parent == tmp_path / f"sparseattn_{os.getuid()}"
     assert path.read_bytes() == Path(_ctypes.__file__).read_bytes()
@@ -132,24 +156,42 @@ def test_no_avx2(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixtu
     assert "the CPU has no AVX2" in caplog.text or "it is written for x86-64" in caplog.text
 
 
-def test_a_new_compiler_or_source_is_a_new_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("CXX", fake_compiler(tmp_path, _COPY))
-    first, _ = build.library_path()
-    assert build.library_path()[0] == first
+def test_what_changes_the_kernel_is_a_new_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    source, compiler = tmp_path / "source", fake_compiler(tmp_path, COPY.format(_ctypes.__file__))
+    shutil.copytree(build.FOLDER, source)
+    monkeypatch.setattr(build, "FOLDER", source)
+    monkeypatch.setenv("CXX", compiler)
+    found = [build.library_path()]
+    monkeypatch.setenv("CXX", f"{compiler} -g")
+    found.append(build.library_path())
     monkeypatch.setattr(build, "_version", lambda _compiler: "fake 2.0")
-    assert build.library_path()[0] != first
+    found.append(build.library_path())
+    monkeypatch.setattr(build, "FLAGS", (*build.FLAGS, "-g"))
+    found.append(build.library_path())
+    (source / "gemm.h").write_text("")
+    found.append(build.library_path())
+    assert len(set(found)) == 5
+    assert build.library_path() == found[-1]
 
 
-def test_first_use_in_four_processes_at_once(tmp_path: Path) -> None:
-    try:
-        build.instruction_set()
-        build.compiler_command()
-    except build.BuildError as error:
-        pytest.skip(str(error))
-    command = [sys.executable, "-c", _FIRST_USE]
-    running = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(4)]
-    printed = [process.communicate(timeout=300)[0] for process in running]
-    assert all(process.returncode == 0 for process in running)
-    assert printed[0].startswith("native kernel")
-    assert len(set(printed)) == 1
+def test_threads_at_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    links = tmp_path / "links"
+    body = f'sleep 0.1; case "$*" in *-shared*) echo link >> {links};; esac; {COPY.format(_ctypes.__file__)}'
+    monkeypatch.setenv("CXX", fake_compiler(tmp_path, body))
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda _: library.kernel().detail, range(8)))
+    assert set(found) == {f"native kernel, {build.instruction_set()}"}
+    assert links.read_text() == "link\n"
     assert len(list((tmp_path / "cache").iterdir())) == 1
+
+
+def test_the_command_line_says_why(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setenv("CXX", fake_compiler(tmp_path, "echo 'error: no such thing' >&2; exit 1"))
+    assert main(["backends", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)["providers"]
+    served = next(row["detail"] for row in rows if (row["backend"], row["provider"]) == ("block_sparse", "cpu"))
+    assert served == library.detail()
+    assert served.startswith("gathered blocks: no native kernel, because the compiler")
+    assert served.endswith("error: no such thing")

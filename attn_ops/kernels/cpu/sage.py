@@ -1,7 +1,8 @@
-"""SageAttention on CPU: integer scores, an fp32 softmax over all keys of a chunk of queries, then the product with V.
+"""SageAttention on CPU: the native kernels for what is usual, else integer scores and a softmax chunk by chunk.
 
-The integers are those of the reference. P and V are rounded as `pv` says, except that a bf16 V is multiplied in bf16
-where the CPU does that natively: V is exact then, and P keeps 8 bits, as in dense bf16 attention.
+In chunks: an fp32 softmax over all keys of some queries, then the product with V. The integers are those of the
+reference. P and V are rounded as `pv` says, except that a bf16 V is multiplied in bf16 where the CPU does that
+natively: V is exact then, and P keeps 8 bits, as in dense bf16 attention.
 """
 
 from __future__ import annotations
@@ -25,11 +26,15 @@ from ...numerics.quantize import (
     quantize_v_fp8,
     without_mean,
 )
+from . import quantized
+from .native.library import library_for
 
 _LOG2_E = math.log2(math.e)
 _E4M3_MAX = 448.0
 _CHUNK = (32, 256)
 _CHUNK_SCORES = 1 << 19
+_NATIVE = {"bits": 8, "smooth_q": False, "asymmetric": False}
+"""Options of the integers that the native kernels have, beside every granularity and smooth_k."""
 
 Scores = Callable[[slice, int], Tensor]
 """(rows, how many keys they see) -> the scores of one head, (rows, keys) fp32."""
@@ -46,23 +51,92 @@ def attention(
     scale: float,
     pv: str,
     smooth_v: bool = False,
-    **qk_options: Any,
+    granularity: str,
+    smooth_k: bool,
+    **rare: Any,
 ) -> tuple[Tensor, Tensor]:
-    """q: (B, Hq, Sq, D), k, v: (B, Hkv, Sk, D); `qk_options` are those of `quantize_qk`.
+    """q: (B, Hq, Sq, D), k, v: (B, Hkv, Sk, D); granularity, smooth_k and `rare` are options of `quantize_qk`.
 
     Returns out like q and lse (B, Hq, Sq) fp32.
     """
-    out, lse = empty_result(q)
     if q.numel() == 0 or k.numel() == 0:
-        return out, lse
+        return empty_result(q)
+    library = library_for(q)
+    qk_options: dict[str, Any] = {"granularity": granularity, "smooth_k": smooth_k}
+    if library is None or pv != "fp16" or smooth_v or {**_NATIVE, **rare} != _NATIVE:
+        return in_chunks(q, k, v, causal=causal, scale=scale, pv=pv, smooth_v=smooth_v, **qk_options, **rare)
+    return quantized.dense(library, q, k, v, causal=causal, scale=scale, **qk_options)
+
+
+def in_chunks(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = False,
+    scale: float,
+    pv: str,
+    smooth_v: bool = False,
+    **qk_options: Any,
+) -> tuple[Tensor, Tensor]:
+    """q: (B, Hq, Sq, D), k, v: (B, Hkv, Sk, D); `qk_options` are those of `quantize_qk`. None is empty.
+
+    Returns out like q and lse (B, Hq, Sq) fp32.
+    """
+    if q.numel() == 0 or k.numel() == 0:
+        return empty_result(q)
     qk = quantize_qk(q, k, **qk_options)
+    out, lse = _attend(qk, v, empty_result(q), causal=causal, scale=scale, pv=pv, smooth_v=smooth_v)
+    if qk.k_mean is not None:
+        lse += mean_scores(q, qk.k_mean, scale)
+    return out, lse
+
+
+def quantized_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_scale: Tensor,
+    k_scale: Tensor,
+    *,
+    causal: bool = False,
+    scale: float,
+    pv: str,
+    smooth_v: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """The same of integers q and k: (B, H, S, D) int8, with the scales of their tokens: (B, H, S) fp32.
+
+    Returns out like q in v's dtype and lse (B, Hq, Sq) fp32.
+    """
+    result = empty_result(q, v.dtype)
+    if q.numel() == 0 or k.numel() == 0:
+        return result
+    library = library_for(q)
+    if library is not None and pv == "fp16" and not smooth_v:
+        return quantized.dense_integers(library, q, k, v, q_scale, k_scale, causal=causal, scale=scale)
+    qk = QuantizedQK(q, q_scale, k, k_scale, None)
+    return _attend(qk, v, result, causal=causal, scale=scale, pv=pv, smooth_v=smooth_v)
+
+
+def _attend(
+    qk: QuantizedQK,
+    v: Tensor,
+    result: tuple[Tensor, Tensor],
+    *,
+    causal: bool,
+    scale: float,
+    pv: str,
+    smooth_v: bool,
+) -> tuple[Tensor, Tensor]:
+    """Fill the result, out and lse, without the term of k's mean; returns it."""
+    (out, lse), (batches, heads, seq_q, _), seq_k = result, qk.q.shape, qk.k.shape[2]
     v, v_mean = without_mean(v) if smooth_v else (v, None)
     times_v = _fp8_product(v) if pv == "fp8" else _fp16_product(v)
-    offsets, group = offset_terms(qk), q.shape[1] // k.shape[1]
-    for batch, head in itertools.product(range(q.shape[0]), range(q.shape[1])):
+    offsets, group = offset_terms(qk), heads // v.shape[1]
+    for batch, head in itertools.product(range(batches), range(heads)):
         at = batch, head // group
         scores_of = _scores(qk, offsets, scale * _LOG2_E, head, at)
-        for rows, seen in _chunks(q.shape[2], k.shape[2], causal):
+        for rows, seen in _chunks(seq_q, seq_k, causal):
             scores = scores_of(rows, seen)
             if causal:
                 _hide_future(scores, rows.start)
@@ -73,8 +147,6 @@ def attention(
             values = times_v(weights, at).div_(total)
             out[batch, head, rows] = values if v_mean is None else values.add_(v_mean[at])
             lse[batch, head, rows] = (largest + total.log2()).squeeze(-1) / _LOG2_E
-    if qk.k_mean is not None:
-        lse += mean_scores(q, qk.k_mean, scale)
     return out, lse
 
 

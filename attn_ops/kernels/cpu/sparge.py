@@ -1,14 +1,15 @@
-"""SpargeAttention on CPU, on the numbers that the INT8 integers of q and k stand for.
+"""SpargeAttention on CPU: the native kernels for pv="fp16" without a second stage, else by operators of torch.
 
-With pv="fp16" and no second stage it is block-sparse attention: v is rounded to FP16, the weights stay fp32. Else one
-block of queries at a time: what the second stage skips is neither exponentiated nor multiplied with v.
+Those work on the numbers that the INT8 integers of q and k stand for. With pv="fp16" and no second stage it is
+block-sparse attention: v is rounded to FP16, the weights stay fp32. Else one block of queries at a time: what the
+second stage skips is neither exponentiated nor multiplied with v.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,6 +17,8 @@ from torch import Tensor
 from ...layout import empty_result, like_query
 from ...numerics.block_rounding import round_qk, round_v_fp8
 from ...numerics.quantize import mean_scores
+from . import quantized
+from .native.library import library_for
 
 _LOG2_E = math.log2(math.e)
 _E4M3_MAX = 448.0
@@ -44,6 +47,35 @@ def attention(
     """
     if q.numel() == 0 or k.numel() == 0 or block_index.shape[-1] == 0:
         return empty_result(q)
+    modes: dict[str, Any] = {
+        "block_q": block_q,
+        "block_k": block_k,
+        "smooth_k": smooth_k,
+        "causal": causal,
+        "scale": scale,
+    }
+    library = library_for(q)
+    if library is None or pv != "fp16" or pv_threshold is not None:
+        return by_operators(q, k, v, block_index, block_count, pv=pv, pv_threshold=pv_threshold, **modes)
+    return quantized.on_lists(library, q, k, v, block_index, block_count, **modes)
+
+
+def by_operators(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    block_index: Tensor,
+    block_count: Tensor,
+    *,
+    block_q: int,
+    block_k: int,
+    pv: str,
+    smooth_k: bool,
+    pv_threshold: Tensor | None,
+    causal: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """`attention` where nothing is empty, every mode of it."""
     rounded = round_qk(q, k, block_q=block_q, block_k=block_k, smooth_k=smooth_k, causal=causal)
     queries, keys = rounded.numbers()
     if pv == "fp16" and pv_threshold is None:

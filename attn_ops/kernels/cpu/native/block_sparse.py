@@ -10,9 +10,8 @@ import ctypes
 import torch
 from torch import Tensor
 
-from ....errors import ArgumentError
 from ....layout import like_query
-from .library import BAD_LISTS, DONE, DTYPES, Call, Lists, Tokens
+from .library import DTYPES, Call, Lists, Tokens, check_status, empty_like, unit_stride
 
 _LANE_PAD = 16
 _MOST_SPLITS = 16
@@ -35,7 +34,7 @@ def attention(
 ) -> tuple[Tensor, Tensor]:
     """q: (B, Hq, Sq, D), k, v: (B, Hkv, Sk, D). Returns out like q and lse (B, Hq, Sq) fp32."""
     lists = _lists(block_index, block_count, key_sizes)
-    out, lse = _empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+    out, lse = empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
     call = _call(q, k, v, *lists, block_q=block_q, block_k=block_k, causal=causal, scale=scale)
     call.out, call.lse = Tokens.of(out), lse.data_ptr()
     _checked(library.sparseattn_forward(ctypes.byref(call)), k, block_index, block_k)
@@ -62,9 +61,9 @@ def attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of `attention` for q, k and v, in their layouts."""
     lists = _lists(block_index, block_count, key_sizes)
-    grad_out, out, lse = _unit_stride(grad_out), _unit_stride(out), lse.contiguous()
+    grad_out, out, lse = unit_stride(grad_out), unit_stride(out), lse.contiguous()
     grad_lse = None if grad_lse is None else grad_lse.contiguous()
-    grad_q = _empty_like(q)
+    grad_q = empty_like(q)
     batch, kv_heads, seq_k, dim = k.shape
     splits = _splits(batch * kv_heads, torch.get_num_threads())
     padded = -(-dim // _LANE_PAD) * _LANE_PAD
@@ -116,17 +115,7 @@ def _call(
 
 
 def _lists(index: Tensor, count: Tensor, key_sizes: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    return _unit_stride(index), count, None if key_sizes is None else key_sizes.contiguous()
-
-
-def _unit_stride(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
-def _empty_like(x: Tensor) -> Tensor:
-    """A result in x's layout, or where that would not have unit stride on the last dimension a contiguous one."""
-    result = torch.empty_like(x)
-    return result if result.stride(-1) == 1 else torch.empty_like(x, memory_format=torch.contiguous_format)
+    return unit_stride(index), count, None if key_sizes is None else key_sizes.contiguous()
 
 
 def _splits(heads: int, threads: int) -> int:
@@ -137,9 +126,4 @@ def _splits(heads: int, threads: int) -> int:
 
 
 def _checked(status: int, k: Tensor, block_index: Tensor, block_k: int) -> None:
-    if status == BAD_LISTS:
-        blocks, width = -(-k.shape[2] // block_k), block_index.shape[3]
-        must = f"number the {blocks} key blocks from 0, and block_count be at most {width}"
-        raise ArgumentError("block_sparse_attention", "block_index", must, "other values")
-    if status != DONE:
-        raise MemoryError("block_sparse_attention: no memory for the buffers of its threads.")
+    check_status("block_sparse_attention", status, blocks=-(-k.shape[2] // block_k), width=block_index.shape[3])

@@ -1,4 +1,4 @@
-"""Compile the native kernel on first use, into a cache that all processes of a user share.
+"""Compile the native kernels on first use, into a cache that all processes of a user share.
 
 A file in the cache works or is absent: it is linked and loaded beside its place, then renamed into it. Its name tells
 the instruction set, the compiler's version and the source, so nothing in the cache is ever stale.
@@ -17,20 +17,29 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 
-SOURCES = ("block_sparse.cpp", "block_sparse.h", "gemm.h", "simd.h")
+UNITS = ("block_sparse.cpp", "pooling.cpp", "quantized.cpp", "rounding.cpp", "selection.cpp")
+"""What is compiled, each by itself."""
+SOURCES = (
+    *UNITS,
+    *("arithmetic.h", "backward.h", "block_sparse.h", "gemm.h", "integer_gemm.h", "panels.h", "quantized.h"),
+    *("selection.h", "simd.h", "softmax.h"),
+)
 FOLDER = Path(__file__).parent
 """Where the sources are."""
 _AVX2 = ("-mavx2", "-mfma", "-mf16c")
 _AVX512 = (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq")
-INSTRUCTION_SETS = {"avx512_bf16": (*_AVX512, "-mavx512bf16"), "avx512": _AVX512, "avx2": _AVX2}
-"""Instruction sets the source is written for, best first, and the compiler's flags for them."""
+_VNNI = (*_AVX512, "-mavx512vnni")
+INSTRUCTION_SETS = {"avx512_bf16": (*_VNNI, "-mavx512bf16"), "avx512_vnni": _VNNI, "avx512": _AVX512, "avx2": _AVX2}
+"""Instruction sets the sources are written for, best first, and the compiler's flags for them."""
 
 # Buffers hold floats or pairs of bf16 numbers, hence no strict aliasing.
-FLAGS = ("-std=c++17", "-O2", "-fPIC", "-shared", "-fopenmp", "-fvisibility=hidden", "-fno-strict-aliasing")
+FLAGS = ("-std=c++17", "-O2", "-fPIC", "-fopenmp", "-fvisibility=hidden", "-fno-strict-aliasing")
+SWITCH = "SPARSEATTN_CPU_KERNEL"
 _COMPILERS = ("g++", "clang++", "c++")
 _TIMEOUT_SECONDS = 300.0
 
@@ -47,20 +56,29 @@ def library_path() -> tuple[Path, str]:
     """
     name = instruction_set()
     compiler = compiler_command()
-    key = hashlib.sha256("\0".join((*FLAGS, *INSTRUCTION_SETS[name], _version(compiler))).encode())
+    flags = *compiler[1:], *FLAGS, *INSTRUCTION_SETS[name]
+    key = hashlib.sha256("\0".join((*flags, _version(compiler))).encode())
     try:
         for source in SOURCES:
             key.update((FOLDER / source).read_bytes())
-        file = f"block_sparse-{name}-{key.hexdigest()[:16]}.so"
+        file = f"native-{name}-{key.hexdigest()[:16]}.so"
         folders = _cache_folders()
         for folder in folders:
-            if (folder / file).exists():
+            if os.path.exists(folder / file):  # False where it may not be looked for
                 return folder / file, name
         target = _writable(folders) / file
-        _build(compiler, INSTRUCTION_SETS[name], target)
+        _build(compiler, name, target)
     except OSError as error:
         raise BuildError(f"it cannot be stored or loaded: {error}") from error
     return target, name
+
+
+def expected() -> str:
+    """The instruction set of the kernel, "" if something that a build needs is missing. Compiles nothing."""
+    try:
+        return instruction_set() if os.environ.get(SWITCH) != "0" and compiler_command() else ""
+    except BuildError:
+        return ""
 
 
 def instruction_set() -> str:
@@ -72,7 +90,9 @@ def instruction_set() -> str:
     if sys.platform != "linux" or platform.machine().lower() not in ("x86_64", "amd64"):
         raise BuildError(f"it is written for x86-64 under Linux, this is {platform.machine()} under {sys.platform}")
     if torch.cpu._is_avx512_supported():
-        return "avx512_bf16" if torch.cpu._is_avx512_bf16_supported() else "avx512"
+        if not torch.cpu._is_vnni_supported():
+            return "avx512"
+        return "avx512_bf16" if torch.cpu._is_avx512_bf16_supported() else "avx512_vnni"
     if torch.cpu._is_avx2_supported():
         return "avx2"
     raise BuildError("the CPU has no AVX2")
@@ -133,15 +153,35 @@ def _writable(folders: list[Path]) -> Path:
     raise BuildError(f"no cache folder can be written to: {', '.join(map(str, folders))}")
 
 
-def _build(compiler: list[str], flags: tuple[str, ...], target: Path) -> None:
+def _build(compiler: list[str], instruction_set: str, target: Path) -> None:
     with _locked(target.parent):
         if target.exists():
             return
         with tempfile.TemporaryDirectory(dir=target.parent, prefix="build-") as work:
             output = os.path.join(work, target.name)
-            run_compiler([*compiler, *FLAGS, *flags, str(FOLDER / SOURCES[0]), "-o", output])
+            objects = compile_units(compiler, instruction_set, work)
+            run_compiler([*compiler, *objects, "-shared", "-fopenmp", "-o", output])
             ctypes.CDLL(output)
             os.replace(output, target)
+
+
+def compile_units(
+    compiler: list[str], instruction_set: str, folder: str | os.PathLike[str], more_flags: tuple[str, ...] = ()
+) -> list[str]:
+    """Compile every unit into `folder`, as many at once as there are CPUs. Returns the object files.
+
+    Raises:
+        BuildError: if one fails.
+    """
+    flags = *FLAGS, *INSTRUCTION_SETS[instruction_set], *more_flags
+
+    def compiled(unit: str) -> str:
+        output = os.path.join(folder, f"{unit}.o")
+        run_compiler([*compiler, *flags, "-c", str(FOLDER / unit), "-o", output])
+        return output
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return list(pool.map(compiled, UNITS))
 
 
 @contextlib.contextmanager

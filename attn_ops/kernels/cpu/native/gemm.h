@@ -5,6 +5,8 @@
 
 #include "simd.h"
 
+#include <algorithm>
+
 namespace sparseattn {
 
 struct Rows {  // the operand A; stride in bytes
@@ -42,6 +44,20 @@ struct Pairs {
 };
 #endif
 
+// Rows that a later product reads: a few are fetched into the L2 cache with every tile, while the arithmetic is busy.
+struct Ahead {
+  const char* next;
+  int64_t stride;  // bytes
+  int rows, bytes;
+
+  INLINE void fetch_some() {
+    const int some = std::min(rows, 8);
+    for (int i = 0; i < some; ++i, next += stride)
+      for (int at = 0; at < bytes; at += 64) __builtin_prefetch(next + at, 0, 2);
+    rows -= some;
+  }
+};
+
 template <class Element, Update UPDATE, int ROWS, int STRIP>
 void tile(int depth, const char* a, int64_t a_stride, const float* b, int64_t b_stride, float* c, int64_t c_stride,
           const float* factor) {
@@ -73,12 +89,14 @@ void tile(int depth, const char* a, int64_t a_stride, const float* b, int64_t b_
 
 template <class Element, Update UPDATE, int STRIP>
 void strip(int rows, int depth, const char* a, int64_t a_stride, const float* b, int64_t b_stride, float* c,
-           int64_t c_stride, const float* factor) {
+           int64_t c_stride, const float* factor, Ahead& ahead) {
   constexpr int MANY = MAX_STRIP == 4 ? (STRIP == 4 ? 6 : 12) : 6, SOME = MANY / 3;
   const int64_t step = UPDATE == RESCALED ? 4 : a_stride;
   int r = 0;
-  for (; r + MANY <= rows; r += MANY)
+  for (; r + MANY <= rows; r += MANY) {
+    ahead.fetch_some();
     tile<Element, UPDATE, MANY, STRIP>(depth, a + r * step, a_stride, b, b_stride, c + r * c_stride, c_stride, factor);
+  }
   for (; r + SOME <= rows; r += SOME)
     tile<Element, UPDATE, SOME, STRIP>(depth, a + r * step, a_stride, b, b_stride, c + r * c_stride, c_stride, factor);
   for (; r < rows; ++r)
@@ -88,19 +106,22 @@ void strip(int rows, int depth, const char* a, int64_t a_stride, const float* b,
 // C: [rows][lanes], lanes a multiple of LANE_PAD; the strides of B and C are in words.
 template <class Element, Update UPDATE>
 void gemm(int rows, int lanes, int depth, Rows a, const float* b, int64_t b_stride, float* c, int64_t c_stride,
-          const float* factor) {
+          const float* factor, Ahead ahead = {}) {
   const char* bytes = (const char*)a.data;
   const int64_t a_stride = a.stride;
   const int per_lane = UPDATE == RESCALED;
   int n = 0;
   if constexpr (MAX_STRIP == 4)
     for (; n + 4 * W <= lanes; n += 4 * W)
-      strip<Element, UPDATE, 4>(rows, depth, bytes, a_stride, b + n, b_stride, c + n, c_stride, factor + n * per_lane);
+      strip<Element, UPDATE, 4>(rows, depth, bytes, a_stride, b + n, b_stride, c + n, c_stride, factor + n * per_lane,
+                                ahead);
   for (; n + 2 * W <= lanes; n += 2 * W)
-    strip<Element, UPDATE, 2>(rows, depth, bytes, a_stride, b + n, b_stride, c + n, c_stride, factor + n * per_lane);
+    strip<Element, UPDATE, 2>(rows, depth, bytes, a_stride, b + n, b_stride, c + n, c_stride, factor + n * per_lane,
+                              ahead);
   if constexpr (W == LANE_PAD)
     for (; n < lanes; n += W)
-      strip<Element, UPDATE, 1>(rows, depth, bytes, a_stride, b + n, b_stride, c + n, c_stride, factor + n * per_lane);
+      strip<Element, UPDATE, 1>(rows, depth, bytes, a_stride, b + n, b_stride, c + n, c_stride, factor + n * per_lane,
+                                ahead);
 }
 
 }  // namespace sparseattn

@@ -14,9 +14,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .build import BuildError, library_path
+from ....errors import ArgumentError
+from .build import SWITCH, BuildError, library_path
 
-SWITCH = "SPARSEATTN_CPU_KERNEL"
 DONE, BAD_LISTS = 0, 1
 
 _log = logging.getLogger(__name__)
@@ -94,9 +94,43 @@ def kernel() -> Kernel:
     return found
 
 
+def library_for(x: Tensor) -> ctypes.CDLL | None:
+    """The library; None where there is none, or for a tensor that is traced and has no address."""
+    return kernel().library if type(x) in (Tensor, torch.nn.Parameter) else None
+
+
 def detail() -> str:
     """One line for `sparseattn backends`."""
     return kernel().detail
 
 
+def integer_detail() -> str:
+    """Likewise, of what has INT8 scores."""
+    found = kernel()
+    if found.library is None:
+        return found.detail.replace("gathered blocks", "operators of torch")
+    how = "INT8 products by VNNI" if found.library.sparseattn_has_vnni() else "INT8 products in 16 bits, without VNNI"
+    return f"{found.detail}; {how}"
+
+
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+def unit_stride(x: Tensor) -> Tensor:
+    """`x`, or a copy if its last dimension has another stride than 1."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def empty_like(x: Tensor) -> Tensor:
+    """A result in x's layout, or where that would not have unit stride on the last dimension a contiguous one."""
+    result = torch.empty_like(x)
+    return result if result.stride(-1) == 1 else torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def check_status(op: str, status: int, *, blocks: int = 0, width: int = 0) -> None:
+    """Raise what a status of an entry point means; `blocks` and `width` are what lists were to number and to fit in."""
+    if status == BAD_LISTS:
+        must = f"number the {blocks} key blocks from 0, and block_count be at most {width}"
+        raise ArgumentError(op, "block_index", must, "other values")
+    if status != DONE:
+        raise MemoryError(f"{op}: no memory for the buffers of its threads.")

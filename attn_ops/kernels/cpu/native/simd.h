@@ -6,6 +6,7 @@
 
 #include <immintrin.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -54,6 +55,24 @@ INLINE Vec widen(const uint16_t* from, Dtype dtype) {
 INLINE void narrow_to_half(uint16_t* to, Vec x) {
   _mm256_storeu_si256((__m256i*)to, _mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT));
 }
+// x[i][j] and x[j][i] change places, squares of `step` at a time.
+INLINE void transpose_square(Vec* x) {
+  const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+#pragma GCC unroll 4
+  for (int step = 1; step < W; step *= 2) {
+    const __mmask16 odd = _mm512_test_epi32_mask(lane, _mm512_set1_epi32(step));
+    // Lanes of the second operand have numbers from W.
+    const __m512i evens = _mm512_mask_add_epi32(lane, odd, lane, _mm512_set1_epi32(W - step));
+    const __m512i odds = _mm512_add_epi32(evens, _mm512_set1_epi32(step));
+#pragma GCC unroll 16
+    for (int i = 0; i < W; ++i) {
+      if (i & step) continue;
+      const __m512 above = (__m512)x[i], below = (__m512)x[i + step];
+      x[i] = (Vec)_mm512_permutex2var_ps(above, evens, below);
+      x[i + step] = (Vec)_mm512_permutex2var_ps(above, odds, below);
+    }
+  }
+}
 #else
 INLINE Vec max(Vec x, Vec y) { return (Vec)_mm256_max_ps((__m256)x, (__m256)y); }
 INLINE Vec select(Vec x, Vec equals, Vec then, Vec otherwise) {
@@ -75,6 +94,25 @@ INLINE Vec widen(const uint16_t* from, Dtype dtype) {
 INLINE void narrow_to_half(uint16_t* to, Vec x) {
   _mm_storeu_si128((__m128i*)to, _mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT));
 }
+INLINE void transpose_square(Vec* x) {
+#pragma GCC unroll 3
+  for (int step = 1; step < W; step *= 2)
+#pragma GCC unroll 8
+    for (int i = 0; i < W; ++i) {
+      if (i & step) continue;
+      const __m256 above = (__m256)x[i], below = (__m256)x[i + step];
+      if (step == 1) {
+        x[i] = (Vec)_mm256_blend_ps(above, _mm256_moveldup_ps(below), 0xaa);
+        x[i + step] = (Vec)_mm256_blend_ps(_mm256_movehdup_ps(above), below, 0xaa);
+      } else if (step == 2) {
+        x[i] = (Vec)_mm256_shuffle_ps(above, below, 0x44);
+        x[i + step] = (Vec)_mm256_shuffle_ps(above, below, 0xee);
+      } else {
+        x[i] = (Vec)_mm256_permute2f128_ps(above, below, 0x20);
+        x[i + step] = (Vec)_mm256_permute2f128_ps(above, below, 0x31);
+      }
+    }
+}
 #endif
 
 // 2 ** x for x < 127; exactly 0 for -inf, NaN for NaN. The polynomial on [-0.5, 0.5] is that of Cephes' exp2f.
@@ -91,11 +129,16 @@ INLINE Vec exp2(Vec x) {
   return times_power_of_two(sum, whole);
 }
 
-INLINE uint16_t to_bfloat16(float x) {
-  uint32_t bits;
-  memcpy(&bits, &x, 4);
-  const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-  return x == x ? (uint16_t)rounded : (uint16_t)0x7fc0;
+INLINE void narrow_to_bfloat16(uint16_t* to, Vec x) {
+  typedef uint32_t Bits __attribute__((vector_size(4 * W)));
+  typedef uint16_t Halves __attribute__((vector_size(2 * W)));
+  const Bits bits = (Bits)x, rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  const Halves halves = __builtin_convertvector(x == x ? rounded : Bits{} + 0x7fc0, Halves);
+  memcpy(to, &halves, sizeof halves);
+}
+
+INLINE void narrow(uint16_t* to, Vec x, Dtype dtype) {
+  dtype == FLOAT16 ? narrow_to_half(to, x) : narrow_to_bfloat16(to, x);
 }
 
 // n numbers as fp32, and zeros up to the next multiple of LANE_PAD.
@@ -124,46 +167,65 @@ inline void store_row(void* to, const float* from, int n, Dtype dtype) {
     return;
   }
   uint16_t* half = (uint16_t*)to;
-  if (dtype == BFLOAT16) {
-    for (int i = 0; i < n; ++i) half[i] = to_bfloat16(from[i]);
-    return;
-  }
   int i = 0;
-  for (; i + W <= n; i += W) narrow_to_half(half + i, load(from + i));
+  for (; i + W <= n; i += W) narrow(half + i, load(from + i), dtype);
   if (i < n) {
     uint16_t rest[W];
-    narrow_to_half(rest, load(from + i));  // scratch rows are padded
+    narrow(rest, load(from + i), dtype);  // scratch rows are padded
     memcpy(half + i, rest, 2 * (size_t)(n - i));
   }
 }
 
-// to[column][row] = from[row][column], in 4-byte words; rows a multiple of 16.
+// to[column][row] = from[row][column], in 4-byte words; rows a multiple of 16. Up to W - 1 words behind a row are read.
 inline void transpose(float* to, int64_t to_stride, const float* from, int64_t from_stride, int rows, int columns) {
-  for (int row = 0; row < rows; row += 16)
-    for (int column = 0; column < columns; ++column)
-      for (int i = 0; i < 16; ++i)
-        memcpy(to + column * to_stride + row + i, from + (row + i) * from_stride + column, 4);
+  for (int row = 0; row < rows; row += W)
+    for (int column = 0; column < columns; column += W) {
+      Vec square[W];
+      for (int i = 0; i < W; ++i) square[i] = load(from + (row + i) * from_stride + column);
+      transpose_square(square);
+      for (int i = 0; i < std::min(W, columns - column); ++i) store(to + (column + i) * to_stride + row, square[i]);
+    }
 }
 
 #ifdef __AVX512BF16__
+// 0 and 16, 1 and 17, ..., as 16-bit numbers.
+INLINE __m512i alternating() {
+  const __m512i low = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  return _mm512_or_si512(low, _mm512_slli_epi32(_mm512_add_epi32(low, _mm512_set1_epi32(16)), 16));
+}
+
 // to[i] = (row0[i], row1[i]) as bf16 pairs, for i < n, and (0, 0) up to the next multiple of LANE_PAD.
-inline void interleave(float* to, const uint16_t* row0, const uint16_t* row1, int n) {
-  for (int i = 0; i < n; i += 16) {
-    const __mmask16 used = n - i >= 16 ? 0xffff : (__mmask16)((1u << (n - i)) - 1);
-    const __m512i low = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(used, row0 + i));
-    __m512i high = _mm512_setzero_si512();
-    if (row1) high = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(used, row1 + i));
-    _mm512_storeu_si512(to + i, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+INLINE void interleave(float* to, const uint16_t* row0, const uint16_t* row1, int n) {
+  // The second operand has numbers from 32.
+  const __m512i lower = _mm512_add_epi16(alternating(), _mm512_set1_epi32(16 << 16));
+  const __m512i upper = _mm512_add_epi16(lower, _mm512_set1_epi16(16));
+  for (int i = 0; i < n; i += 32) {
+    const __mmask32 used = n - i >= 32 ? ~0u : (1u << (n - i)) - 1;
+    const __m512i x = _mm512_maskz_loadu_epi16(used, row0 + i);
+    const __m512i y = row1 ? _mm512_maskz_loadu_epi16(used, row1 + i) : _mm512_setzero_si512();
+    _mm512_storeu_si512(to + i, _mm512_permutex2var_epi16(x, lower, y));
+    if (n - i > 16) _mm512_storeu_si512(to + i + 16, _mm512_permutex2var_epi16(x, upper, y));
   }
 }
 
 // to[i] = (row0[i], row1[i]) rounded to bf16; n a multiple of 16.
-inline void pack_pairs(float* to, const float* row0, const float* row1, int n) {
+INLINE void pack_pairs(float* to, const float* row0, const float* row1, int n) {
   for (int i = 0; i < n; i += 16) {
     const __m512i both = (__m512i)_mm512_cvtne2ps_pbh(_mm512_loadu_ps(row1 + i), _mm512_loadu_ps(row0 + i));
-    const __m512i low = _mm512_cvtepu16_epi32(_mm512_castsi512_si256(both));
-    const __m512i high = _mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(both, 1));
-    _mm512_storeu_si512(to + i, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+    _mm512_storeu_si512(to + i, _mm512_permutexvar_epi16(alternating(), both));
+  }
+}
+
+// to[i] = row[i] >= 0 as two bf16 numbers that sum to it to 16 bits, neither of them 0 unless row[i] is, for what they
+// multiply may be infinite; n a multiple of 16.
+INLINE void split_row(float* to, const float* row, int n) {
+  const __m512i one = _mm512_set1_epi32(1), high_half = _mm512_set1_epi32((int)0xffff0000);
+  for (int i = 0; i < n; i += 16) {
+    const __m512 x = _mm512_loadu_ps(row + i);
+    const __m512i below = _mm512_sub_epi32(_mm512_max_epi32((__m512i)x, one), one);
+    const __m512i high = _mm512_and_si512(below, high_half);
+    const __m512i low = (__m512i)_mm512_sub_ps(x, (__m512)high);
+    _mm512_storeu_si512(to + i, _mm512_or_si512(high, _mm512_srli_epi32(low, 16)));
   }
 }
 

@@ -14,6 +14,7 @@ inline void check_cpu(const char* op) {
   if (built != "avx2")
     runs = runs && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+  if (built == "avx512_vnni" || built == "avx512_bf16") runs = runs && __builtin_cpu_supports("avx512vnni");
   if (built == "avx512_bf16") runs = runs && __builtin_cpu_supports("avx512bf16");
   if (!runs)
     throw std::runtime_error(text(op, ": this library was built for ", built,

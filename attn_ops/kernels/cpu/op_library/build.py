@@ -38,16 +38,11 @@ def build(path: Path, instruction_set: str | None = None) -> None:
     name = instruction_set or native.instruction_set()
     compiler = compiler_command()
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        ops, kernel = (os.path.join(folder, file) for file in ("ops.o", "kernel.o"))
+        ops = os.path.join(folder, "ops.o")
         run_compiler([*compiler, *_registration_flags(name), "-c", str(_FOLDER / "register.cpp"), "-o", ops])
-        run_compiler([*compiler, *_kernel_flags(name), "-c", str(native.FOLDER / native.SOURCES[0]), "-o", kernel])
-        # The kernel comes last: of standard functions that are in both, the linker takes those for any CPU.
-        run_compiler([*compiler, ops, kernel, "-o", str(path), *_LINK])
-
-
-def _kernel_flags(instruction_set: str) -> list[str]:
-    flags = [flag for flag in native.FLAGS if flag != "-shared"]
-    return [*flags, *native.INSTRUCTION_SETS[instruction_set]]
+        kernels = native.compile_units(compiler, name, folder)
+        # The kernels come last: of standard functions that are in both, the linker takes those for any CPU.
+        run_compiler([*compiler, ops, *kernels, "-o", str(path), *_LINK])
 
 
 def _registration_flags(instruction_set: str) -> list[str]:
