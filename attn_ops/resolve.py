@@ -113,7 +113,8 @@ def _choose(
 def _automatic(spec: BackendSpec, call: AttentionCall, capability: Capability) -> Provider:
     rejected = {}
     for provider in spec.providers:
-        reasons = provider.reasons(call, capability)
+        named = [provider.only_if_named] if provider.only_if_named else []
+        reasons = [*named, *provider.reasons(call, capability)]
         if not reasons:
             return provider
         rejected[provider.name] = reasons

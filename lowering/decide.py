@@ -30,6 +30,7 @@ class _Trial:
     provider: Provider | None
     reasons: tuple[str, ...] = ()
     by_provider: tuple[Rejection, ...] = ()
+    unasked: frozenset[str] = frozenset()
 
     @property
     def rejections(self) -> list[Rejection]:
@@ -41,7 +42,7 @@ class _Trial:
         by_provider = [
             f"{label.partition('/')[2]}: {', '.join(reasons)}"
             for label, reasons in self.by_provider
-            if reasons != (DEFINITION,)
+            if not self.unasked.issuperset(reasons)
         ]
         return "; ".join(self.reasons or by_provider) or f'it is {DEFINITION} (provider = "{REFERENCE}")'
 
@@ -83,6 +84,7 @@ class _Search:
         if not providers:
             common.append(f"it has no provider {pinned!r}")
         rejected: list[Rejection] = []
+        unasked = {DEFINITION, *(provider.only_if_named for provider in providers)} if pinned is None else set()
         for provider in providers:
             reasons = [r for r in self._provider_reasons(spec, provider, call, pinned) if r not in common]
             if not reasons and not common:
@@ -90,15 +92,17 @@ class _Search:
                 if loss is None:
                     return _Trial(spec.name, provider)
                 return _Trial(spec.name, None, (loss,), tuple(rejected))
-            if reasons and not (common and reasons == [DEFINITION]):
+            if reasons and not (common and unasked.issuperset(reasons)):
                 rejected.append((f"{spec.name}/{provider.name}", tuple(reasons)))
-        return _Trial(spec.name, None, tuple(common), tuple(rejected))
+        return _Trial(spec.name, None, tuple(common), tuple(rejected), frozenset(unasked))
 
     def _provider_reasons(
         self, spec: BackendSpec, provider: Provider, call: AttentionCall, pinned: str | None
     ) -> list[str]:
         if provider.name == REFERENCE and pinned is None:
             return [DEFINITION]
+        if provider.only_if_named and pinned is None:
+            return [provider.only_if_named]
         return [*self._forbids(spec.name, provider.name), *provider.reasons(call, self.capability)]
 
     def _forbids(self, name: str, provider: str | None) -> list[str]:

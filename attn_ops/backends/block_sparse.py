@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, ops
 
+from .. import hopper
 from ..blocks.block_index import check_block_lists
 from ..checks import check_integers, check_qkv, default_scale
 from ..errors import ArgumentError
@@ -53,6 +54,7 @@ def block_sparse_attention(
         causal: of the listed keys, query i sees 0 ... i, token by token, aligned top-left.
         scale: factor on the scores; None means D ** -0.5.
         provider: "triton", "cpu", "fastvideo_kernel", "reference", or "auto": the first of these that can serve it.
+            Never chosen so: "gluon" and "gluon_overlapped", kernels for Hopper that are not measured yet.
 
     Returns:
         out: (B, Hq, Sq, D), q's dtype and stride order. A row that sees no key is 0.
@@ -193,6 +195,10 @@ BACKEND = BackendSpec(
             detail=later("kernels.cpu.native.library", "detail"),
         ),
         fastvideo_kernel.PROVIDER,
+        *hopper.providers(
+            lambda function: later("kernels.gluon.block_sparse", function),
+            later("kernels.triton.block_sparse_backward", "attention_backward"),
+        ),
         Provider(
             "reference",
             "plain PyTorch, the definition",

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import hopper
 from ..blocks import sparge_map  # noqa: F401  (registers sparge_block_map)
 from ..blocks.sparge_arguments import ATTENTION, MAX_PV_THRESHOLD, PV, SELECTION
 from ..blocks.sparge_arguments import check_attention as _check
@@ -29,9 +30,10 @@ NAME, OP = "sparge", ATTENTION
 BLOCKS = (16, 32, 64, 128)
 _WHOLE_TILES = tuple((block_q, block_k) for block_q in BLOCKS for block_k in (32, 64))
 
-# At the default keep_ratio on one Zen 4 core, 4 heads of 64 or 128 channels, fp32 and bf16, through the native kernel:
-# 0.8 to 1.9 times the speed of dense at 512 tokens, 1.1 to 1.9 at 1024; without a compiler, 1.0 to 1.3 at 4096.
-_LEAST_SEQ = 1024
+# At the default keep_ratio on a Zen 4 CPU, one and two threads, 4 heads of 64 or 128 channels, fp32, fp16 and bf16,
+# causal or not, through the native kernels: 0.6 to 2.4 times the speed of dense at 256 tokens, 1.2 to 4.1 at 512;
+# compiled without VNNI, on two threads, 1.0 at 512, 1.3 to 2.6 at 1024; without a compiler, 1.0 to 1.3 at 4096.
+_LEAST_SEQ = {"avx512_bf16": 512, "avx512_vnni": 512, "avx512": 1024, "avx2": 1024, "": 4096}
 
 
 def sparge_attention(
@@ -89,7 +91,8 @@ def sparge_attention(
             skipped, in the softmax denominator too, if in every row of the block of queries its highest score lies so
             far or farther below the highest before it. The last two kept blocks are never skipped.
         pv: "fp16" rounds the weights and v to fp16, "fp8" both to e4m3, as in `sage_attention`.
-        provider: "triton", "spas_sage_attn" (without lse: NaN), "cpu", "reference", or "auto".
+        provider: "triton", "spas_sage_attn" (without lse: NaN), "cpu", "reference", or "auto". Never chosen so: "gluon"
+            and "gluon_overlapped", kernels for Hopper that are not measured yet.
 
     Returns:
         out: (B, Hq, Sq, D), q's dtype and stride order. Without a key it is 0.
@@ -144,8 +147,8 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, **given: Any) -> tuple[Tensor, Ten
     return result
 
 
-def _on_lists(module: str) -> Callable[[], Kernel]:
-    return lambda: later("kernels.sparge", "on_lists")()(later(module, "attention")())
+def _on_lists(module: str, function: str = "attention") -> Callable[[], Kernel]:
+    return lambda: later("kernels.sparge", "on_lists")()(later(module, function)())
 
 
 def _on_map() -> Kernel:
@@ -164,13 +167,18 @@ def _why_not_triton(call: AttentionCall, capability: Capability) -> list[str]:
     return reasons
 
 
+def _why_not_gluon(call: AttentionCall, _capability: Capability) -> list[str]:
+    return ["pv_threshold is not in its kernel"] if call.param("pv_threshold") is not None else []
+
+
 def _break_even(call: AttentionCall, capability: Capability) -> str | None:
     if capability.device != "cpu":
         return None
     if call.param("pv") == "fp8" or call.param("pv_threshold") is not None:
         return 'with pv="fp8" or pv_threshold it is slower than dense attention on CPU, up to 4096 tokens (measured)'
-    if call.seq_k < _LEAST_SEQ:
-        return f"{call.seq_k} tokens: on CPU choosing, rounding and gathering pays from {_LEAST_SEQ} tokens (measured)"
+    least = _LEAST_SEQ[capability.cpu_kernels]
+    if call.seq_k < least:
+        return f"{call.seq_k} tokens: on this CPU choosing and rounding pays from {least} tokens (measured)"
     return None
 
 
@@ -223,12 +231,14 @@ BACKEND = BackendSpec(
             support=TRITON_FORWARD,
             why_not=_why_not_triton,
         ),
+        *hopper.providers(lambda function: _on_lists("kernels.gluon.sparge", function), why_not=_why_not_gluon),
         replace(spas_sage_attn.PROVIDER, load=_on_map),
         Provider(
             "cpu",
-            "selection in PyTorch, attention on the rounded operands in fp32",
+            "C++ kernels compiled on first use, else attention on the rounded operands in fp32",
             load=_on_lists("kernels.cpu.sparge"),
             support=Support(grad=False, devices=("cpu",)),
+            detail=later("kernels.cpu.native.library", "integer_detail"),
         ),
         Provider(
             "reference",

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import re
-from typing import Any
 
 import pytest
 import torch
 from support.triton_aot import ARCHS, SHARED_LIMIT, CompiledKernel, gpu
-from torch import Tensor
+from support.triton_launches import launch_block_sparse, launch_block_sparse_backward, launch_sage
 
-from sparseattn.attn_ops.kernels.triton import block_sparse, block_sparse_backward, sage
 from sparseattn.attn_ops.kernels.triton.tiles import block_sparse_tile, has_fast_fp64
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -19,66 +17,12 @@ BACKWARD = ["grad_q_kernel", "grad_q_kernel", "_mark", "_list_rows", "grad_kv_ke
 MODES = pytest.mark.parametrize("masked", [False, True], ids=["plain", "causal"])
 
 
-def qkv(dtype: torch.dtype, head_dim: int, seq_q: int, seq_k: int, heads: int = 4) -> tuple[Tensor, Tensor, Tensor]:
-    q, k = torch.randn(1, heads, seq_q, head_dim, dtype=dtype), torch.randn(1, 2, seq_k, head_dim, dtype=dtype)
-    return q, k, torch.randn_like(k)
-
-
-def launch_block_sparse(
-    dtype: torch.dtype, head_dim: int, block: int, masked: bool, seq_q: int = 256, seq_k: int = 256, heads: int = 4
-) -> None:
-    """Launch on whole blocks, or with every mask there is: causal, short last block and key sizes."""
-    given, options = block_sparse_call(dtype, head_dim, (block, block), masked, seq_q, seq_k, heads)
-    block_sparse.attention(*given, **options)
-
-
-def launch_block_sparse_backward(
-    dtype: torch.dtype,
-    head_dim: int,
-    blocks: tuple[int, int],
-    masked: bool,
-    seq_q: int = 256,
-    seq_k: int = 256,
-    heads: int = 4,
-) -> None:
-    """Likewise the gradients, with masks through lse too."""
-    given, options = block_sparse_call(dtype, head_dim, blocks, masked, seq_q, seq_k, heads)
-    lse = torch.zeros(1, heads, seq_q)
-    results = given[0], lse if masked else None, given[0], lse
-    block_sparse_backward.attention_backward(*results, *given, **options)
-
-
-def block_sparse_call(
-    dtype: torch.dtype, head_dim: int, blocks: tuple[int, int], masked: bool, seq_q: int, seq_k: int, heads: int
-) -> tuple[list[Tensor | None], dict[str, Any]]:
-    seq_k -= 10 * masked
-    blocks_q, blocks_k = -(-seq_q // blocks[0]), -(-seq_k // blocks[1])
-    index = torch.zeros(1, heads, blocks_q, blocks_k, dtype=torch.int32)
-    sizes = torch.zeros(blocks_k, dtype=torch.int32) if masked else None
-    options = {"block_q": blocks[0], "block_k": blocks[1], "causal": masked, "scale": 0.1}
-    return [*qkv(dtype, head_dim, seq_q, seq_k, heads), index, index[..., 0], sizes], options
-
-
-def launch_sage(
-    dtype: torch.dtype,
-    head_dim: int,
-    pv: str,
-    masked: bool,
-    seq_q: int = 256,
-    seq_k: int = 256,
-    heads: int = 4,
-    smooth: bool = False,
-) -> None:
-    """Launch with k smoothed, or all of q, k and v."""
-    q, k, v = qkv(dtype, head_dim, seq_q, seq_k - 10 * masked, heads)
-    options = {"granularity": "per_thread", "smooth_k": True, "smooth_q": smooth, "smooth_v": smooth}
-    sage.attention(q, k, v, causal=masked, scale=0.1, pv=pv, **options)
-
-
 def check(kernels: list[CompiledKernel], arch: int) -> CompiledKernel:
-    (kernel,) = kernels
-    check_resources(kernel, arch)
-    return kernel
+    """Return that of attention: those that round come before it."""
+    for kernel in kernels:
+        check_resources(kernel, arch)
+    assert [kernel.name for kernel in kernels] in (["_forward"], ["sum_parts_kernel", "round_kernel", "_forward"])
+    return kernels[-1]
 
 
 def check_resources(kernel: CompiledKernel, arch: int) -> None:
@@ -193,7 +137,7 @@ def test_sage(arch: int, pv: str, head_dim: int, masked: bool) -> None:
 def test_sage_instructions(arch: int, pv: str, matrix: str) -> None:
     with gpu(arch) as kernels:
         launch_sage(BF16, 64, pv, masked=False)
-    assert instructions(kernels[0]) == {*matrix.split(), "LDGSTS"}
+    assert instructions(kernels[-1]) == {*matrix.split(), "LDGSTS"}
 
 
 @pytest.mark.parametrize(
@@ -233,8 +177,8 @@ def test_one_kernel_for_every_length_and_number_of_heads(kernel: str) -> None:
                     launch_sage(BF16, 64, "fp8", True, seq_q, seq_k, heads, smooth=kernel == "sage_smoothed")
                 else:
                     launch_block_sparse(BF16, 64, 64, True, seq_q, seq_k, heads)
-    (compiled,) = kernels
-    assert len(compiled.launches) == 3 * len(LENGTHS)
+    check(kernels, 90)
+    assert {len(compiled.launches) for compiled in kernels} == {3 * len(LENGTHS)}
 
 
 def test_one_set_of_backward_kernels_for_every_short_length_and_grouping() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from support.quantize_cases import summable
 from support.triton_interpreter import interpret, why_not_interpret
 
 from sparseattn.attn_ops.blocks.sla_method import SlaMethod
@@ -17,7 +18,7 @@ pytestmark = pytest.mark.skipif(bool(why_not_interpret()), reason=why_not_interp
 @pytest.mark.parametrize("pv", ["fp16", "fp8"])
 @pytest.mark.parametrize("variant", ["all", "complement"])
 def test_it_is_the_definition(pv: str, variant: str) -> None:
-    q, k, v = (torch.randn(1, heads, 150, 32, dtype=torch.float16) for heads in (4, 2, 2))
+    q, k, v = (summable(torch.randn(1, heads, 150, 32)).half() for heads in (4, 2, 2))
     weight, bias = torch.randn(32, 32) / 6, torch.randn(32)
     how = SlaMethod(0.4, variant, "softmax", 64, 32, False, None)
     modes = {"pv": pv, "smooth_k": True, "scale": 0.2}

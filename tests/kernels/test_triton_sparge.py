@@ -8,8 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+from support.quantize_cases import summable
 from support.triton_aot import ARCHS, SHARED_LIMIT, CompiledKernel, gpu
 from support.triton_interpreter import interpret, why_not_interpret
+from support.triton_launches import launch_sparge
 from torch import Tensor
 
 from sparseattn.attn_ops.backends.sparge import sparge_attention
@@ -44,13 +46,16 @@ class Case:
 
 
 def inputs(case: Case) -> tuple[Tensor, Tensor, Tensor]:
-    """Keys have a large mean, which is what smoothing is for; the first ones have the highest scores."""
+    """Keys have a large mean, which is what smoothing is for; the first ones have the highest scores.
+
+    It is the same in whatever order they are added.
+    """
     shapes = [(1, h, s, case.head_dim) for h, s in zip(case.heads, case.seq, strict=True)]
     q, k, v = torch.randn(shapes[0]), torch.randn(shapes[1]), torch.randn(shapes[1])
     direction = torch.randn(case.head_dim)
     q, k = q + 2 * direction, k + 2 * torch.randn(1, case.heads[1], 1, case.head_dim)
     k[:, :, :32] += direction / 2
-    return q.to(case.dtype), k.to(case.dtype), v.to(case.dtype)
+    return summable(q).to(case.dtype), summable(k).to(case.dtype), summable(v).to(case.dtype)
 
 
 def run(case: Case, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -184,33 +189,14 @@ def test_what_it_refuses() -> None:
         sparge.attention(q, k, v, *lists, block_q=16, block_k=16, pv="fp16", pv_threshold=torch.ones(()), **modes)
 
 
-def launch(
-    dtype: torch.dtype,
-    head_dim: int,
-    pv: str,
-    masked: bool,
-    *,
-    skips: bool = False,
-    blocks: tuple[int, int] = (128, 64),
-    seq: tuple[int, int] = (256, 256),
-    heads: int = 4,
-) -> None:
-    """Launch on whole blocks, or causal with a short last block."""
-    seq_q, seq_k = seq[0], seq[1] - 10 * masked
-    q, k = torch.randn(1, heads, seq_q, head_dim, dtype=dtype), torch.randn(1, 2, seq_k, head_dim, dtype=dtype)
-    index = torch.zeros(1, heads, -(-seq_q // blocks[0]), -(-seq_k // blocks[1]), dtype=torch.int32)
-    threshold = torch.zeros(heads) if skips else None
-    sizes = {"block_q": blocks[0], "block_k": blocks[1]}
-    modes: dict[str, Any] = {"pv": pv, "smooth_k": True, "pv_threshold": threshold, "causal": masked, "scale": 0.1}
-    sparge.attention(q, k, torch.randn_like(k), index, index[..., 0], **sizes, **modes)
-
-
 def fits(kernels: list[CompiledKernel], arch: int) -> CompiledKernel:
-    (kernel,) = kernels
-    assert kernel.spilled == 0, kernel
-    assert kernel.shared <= SHARED_LIMIT[arch], kernel
-    assert 0 < kernel.registers <= 255, kernel
-    return kernel
+    """Return that of attention: those that round come before it."""
+    for kernel in kernels:
+        assert kernel.spilled == 0, kernel
+        assert kernel.shared <= SHARED_LIMIT[arch], kernel
+        assert 0 < kernel.registers <= 255, kernel
+    assert [kernel.name for kernel in kernels] == ["sum_parts_kernel", "round_kernel", "_forward"]
+    return kernels[-1]
 
 
 MASKED = pytest.mark.parametrize("masked", [False, True], ids=["plain", "causal"])
@@ -223,7 +209,7 @@ MASKED = pytest.mark.parametrize("masked", [False, True], ids=["plain", "causal"
 )
 def test_compiles_without_spills(arch: int, pv: str, head_dim: int, masked: bool) -> None:
     with gpu(arch) as kernels:
-        launch(BF16, head_dim, pv, masked)
+        launch_sparge(BF16, head_dim, pv, masked)
     assert fits(kernels, arch).launches == [(2 * 4, 1, 1)]
 
 
@@ -233,7 +219,7 @@ def test_compiles_without_spills(arch: int, pv: str, head_dim: int, masked: bool
 def test_second_stage_compiles_without_spills(arch: int, head_dim: int) -> None:
     """With 128 channels on sm_100 it would spill: the backend refuses that."""
     with gpu(arch) as kernels:
-        launch(BF16, head_dim, "fp16" if arch == 80 else "fp8", True, skips=True)
+        launch_sparge(BF16, head_dim, "fp16" if arch == 80 else "fp8", True, skips=True)
     fits(kernels, arch)
 
 
@@ -251,7 +237,7 @@ def test_other_sizes_compile_without_spills(
     arch: int, dtype: torch.dtype, head_dim: int, pv: str, blocks: tuple[int, int]
 ) -> None:
     with gpu(arch) as kernels:
-        launch(dtype, head_dim, pv, True, blocks=blocks)
+        launch_sparge(dtype, head_dim, pv, True, blocks=blocks)
     fits(kernels, arch)
 
 
@@ -270,8 +256,8 @@ def test_other_sizes_compile_without_spills(
 )
 def test_instructions(arch: int, pv: str, matrix: str) -> None:
     with gpu(arch) as kernels:
-        launch(BF16, 64, pv, False)
-    found = set(re.findall(r"\b(?:[A-Z]*MMA\b|LDGSTS(?=\S*\.128))", kernels[0].sass))
+        launch_sparge(BF16, 64, pv, False)
+    found = set(re.findall(r"\b(?:[A-Z]*MMA\b|LDGSTS(?=\S*\.128))", kernels[-1].sass))
     assert found == {*matrix.split(), "LDGSTS"}
 
 
@@ -279,6 +265,6 @@ def test_one_kernel_for_every_length_and_number_of_heads() -> None:
     with gpu(90) as kernels:
         for heads in (2, 4, 16):
             for seq in ((1, 75), (16, 26), (100, 110), (128, 139), (1000, 523), (1, 2059)):
-                launch(BF16, 64, "fp8", True, skips=True, seq=seq, heads=heads)
-    (compiled,) = kernels
-    assert len(compiled.launches) == 18
+                launch_sparge(BF16, 64, "fp8", True, skips=True, seq=seq, heads=heads)
+    fits(kernels, 90)
+    assert [len(kernel.launches) for kernel in kernels] == [18, 18, 18]

@@ -315,6 +315,30 @@ def test_never_a_provider():
     assert reasons(pinned)["quant/vendor"] == ("rule 1 forbids it",)
 
 
+@pytest.fixture
+def tried(made_up, monkeypatch):
+    """A backend whose first provider is chosen by name only."""
+    trial = Provider("trial", "trial", load=no_kernel, only_if_named="not measured yet")
+    spec = dataclasses.replace(PLAIN, name="tried", op="tried", providers=(trial, *PLAIN.providers))
+    monkeypatch.setitem(registry._backends, "tried", spec)
+
+
+@pytest.mark.usefixtures("tried")
+def test_what_only_its_name_chooses_is_never_chosen_by_itself():
+    assert by(Rule("tried")).provider == "fused"
+    decision = by(Rule("tried"), call=a_call(head_dim=160))
+    assert reasons(decision)["tried/trial"] == ("not measured yet",)
+    assert "not measured yet" not in decision.why
+    assert "tried/trial" not in reasons(by(Rule("tried"), call=a_call(mask="bool")))
+
+
+@pytest.mark.usefixtures("tried")
+def test_what_only_its_name_chooses_is_served_by_name():
+    assert by(Rule("tried", provider="trial")).provider == "trial"
+    refused = by(Rule("tried", provider="trial"), call=a_call(needs_grad=True))
+    assert reasons(refused)["tried/trial"] == ("a gradient is needed and it has no backward kernel",)
+
+
 def test_never_the_pinned_reference():
     rules = Rule("plain", mode="never", provider="reference"), Rule("plain", provider="reference")
     assert reasons(by(*rules))["plain/reference"] == ("rule 1 forbids it",)

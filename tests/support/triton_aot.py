@@ -10,6 +10,7 @@ import itertools
 import re
 import subprocess
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -27,6 +28,12 @@ SHARED_LIMIT = {80: 163 * KIB, 89: 99 * KIB, 90: 227 * KIB, 100: 227 * KIB, 120:
 """Largest shared memory of one program, in bytes (CUDA C programming guide, table of compute capabilities)."""
 
 ARCHS = tuple(SHARED_LIMIT)
+_SHARED_OF_SM = {80: 164 * KIB, 89: 100 * KIB, 90: 228 * KIB, 100: 228 * KIB, 120: 100 * KIB}
+_THREADS_OF_SM = {80: 2048, 89: 1536, 90: 2048, 100: 2048, 120: 1536}
+_PROGRAMS_OF_SM = {80: 32, 89: 24, 90: 32, 100: 32, 120: 24}
+_REGISTERS_OF_SM = 65536
+_RESERVED_SHARED = KIB
+"""Shared memory of a program that the driver takes."""
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 _new_device = itertools.count(1000)
 
@@ -40,6 +47,7 @@ class CompiledKernel:
     shared: int
     cubin: bytes = field(repr=False)
     launches: list[tuple[int, int, int]] = field(default_factory=list)
+    warps: int = 0
 
     @cached_property
     def registers(self) -> int:
@@ -50,6 +58,22 @@ class CompiledKernel:
     def spilled(self) -> int:
         """Bytes of stack and local memory of a thread, where spilled registers go; 0 if nothing spills."""
         return int(self._usage["STACK"]) + int(self._usage["LOCAL"])
+
+    @property
+    def programs_per_sm(self) -> int:
+        """How many programs a multiprocessor holds at a time. A warp takes registers in units of 256."""
+        registers = -(-self.registers // 8) * 8 * 32 * self.warps
+        return min(
+            _REGISTERS_OF_SM // registers,
+            _SHARED_OF_SM[self.arch] // (self.shared + _RESERVED_SHARED),
+            _THREADS_OF_SM[self.arch] // (32 * self.warps),
+            _PROGRAMS_OF_SM[self.arch],
+        )
+
+    @cached_property
+    def matrix_instructions(self) -> dict[str, int]:
+        """How often each tensor core instruction occurs, such as HGMMA, IGMMA and QGMMA on sm_90."""
+        return dict(sorted(Counter(re.findall(r"\b[A-Z]+MMA\b", self.sass)).items()))
 
     @cached_property
     def sass(self) -> str:
@@ -118,7 +142,8 @@ class _Driver:
 
 class _Launcher:
     def __init__(self, source: Any, metadata: Any) -> None:
-        pass
+        self.warps: int = metadata.num_warps
 
     def __call__(self, x: int, y: int, z: int, stream: int, kernel: CompiledKernel, *args: Any) -> None:
+        kernel.warps = self.warps
         kernel.launches.append((x, y, z))

@@ -7,6 +7,7 @@ Reductions of bf16 and FP8 raise. Not for threads, and autotuning is not support
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from types import FunctionType, SimpleNamespace
@@ -57,18 +58,12 @@ def interpret(arch: int = 90) -> Iterator[None]:
     Args:
         arch: compute capability that host code sees when it asks Triton for the current target.
     """
-    rewritten: dict[Function, Function] = {}
-
-    def rewrite(kernel: JITFunction) -> Function:
-        if kernel.fn not in rewritten:
-            rewritten[kernel.fn] = stock.FunctionRewriter(_with_own_globals(kernel.fn)).rewrite_ast()
-        return rewritten[kernel.fn]
 
     def call(self: JITFunction, *args: Any, **kwargs: Any) -> Any:
-        return rewrite(self)(*args, **kwargs)
+        return _rewritten(self.fn)(*args, **kwargs)
 
     def run(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
-        stock.GridExecutor(rewrite(self), self.arg_names, grid)(*args, **kwargs)
+        stock.GridExecutor(_rewritten(self.fn), self.arg_names, grid)(*args, **kwargs)
 
     target = SimpleNamespace(get_current_target=lambda: GPUTarget("cuda", arch, 32))
     with ExitStack() as stack:
@@ -80,6 +75,12 @@ def interpret(arch: int = 90) -> Iterator[None]:
         scope = stock._patch_lang(SimpleNamespace(__globals__={"tl": tl, "core": tl.core}))
         stack.callback(scope.restore)
         yield
+
+
+@functools.cache
+def _rewritten(function: Function) -> Function:
+    """The function as the interpreter runs it: rewriting takes longer than many a launch."""
+    return stock.FunctionRewriter(_with_own_globals(function)).rewrite_ast()
 
 
 def _forget_new_names(owner: type, known: set[str]) -> None:

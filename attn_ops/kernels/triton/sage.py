@@ -1,12 +1,10 @@
 """SageAttention in Triton, for sm_80 and newer: INT8 scores, then FP16 or (sm_89 and newer) FP8 values.
 
-Quantization is `numerics/quantize.py`; a scale per token makes every granularity one kernel, and INT4 is INT8 that
-uses 15 integers. FP32 sums everywhere. The sum of weights is taken before they are rounded to FP16 or FP8.
+Rounding is that of `quantize`; a scale per token makes every granularity one kernel, and INT4 is INT8 that uses 15
+integers. FP32 sums everywhere. The sum of weights is taken before they are rounded to FP16 or FP8.
 """
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 import triton
@@ -15,14 +13,14 @@ from torch import Tensor
 
 from ...errors import UnsupportedError
 from ...layout import empty_result
-from ...numerics.quantize import SMOOTH_Q_BLOCK, QuantizedQK, quantize_qk, quantize_v_fp8, without_mean
+from ...numerics.quantize import GROUPS, LARGEST, SMOOTH_Q_BLOCK
 from .device import LN_2, LOG2_E, finish, load, start, weigh
+from .quantize import Rounded, Rounding, round_operands, round_values
 from .tiles import on_device, padded_head_dim, sage_tile, target_arch
 
 _LEAST_FACTOR = tl.constexpr(2.0**-120)
 _LEAST_INT8_DIM = 32
 _FP8_ARCH = 89
-_FP8_ALIGNMENT = 16
 _SMOOTH_Q_BLOCK = tl.constexpr(SMOOTH_Q_BLOCK)
 _FP8_PEAK_LOG2 = tl.constexpr(8.807354922057604)  # log2(448), the largest e4m3 number: weights fill its range
 
@@ -35,8 +33,12 @@ def attention(
     causal: bool,
     scale: float,
     pv: str,
+    granularity: str,
+    smooth_k: bool,
+    bits: int = 8,
+    smooth_q: bool = False,
     smooth_v: bool = False,
-    **qk_options: Any,
+    asymmetric: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Quantized attention of every query to every key.
 
@@ -47,8 +49,12 @@ def attention(
         causal: token i sees keys 0 ... i (top-left).
         scale: factor on the scores.
         pv: "fp16": weights and v in FP16; "fp8": in e4m3, v with a scale per channel.
+        granularity: rows that share a scale, as in `quantize_qk`.
+        smooth_k: round k without its mean over tokens.
+        bits: 8 or 4.
+        smooth_q: round q without the mean of its block of 128 tokens.
         smooth_v: round v without its mean over tokens, and add the mean to the output.
-        qk_options: those of `quantize_qk`.
+        asymmetric: must be False.
 
     Returns:
         out: like q.
@@ -61,54 +67,70 @@ def attention(
         return empty_result(q)
     if scale < 0:
         q, scale = -q, -scale
-    batch, heads, seq_q, head_dim = q.shape
-    seq_k, dim = k.shape[2], padded_head_dim(head_dim, least=_LEAST_INT8_DIM)
-    out, lse = torch.empty_like(q), q.new_empty(q.shape[:-1], dtype=torch.float32)
     with on_device(q):
-        tile = sage_tile(dim)
-        qk = quantize_qk(q, k, **qk_options)
-        _refuse(qk, pv, target_arch())
-        v, v_mean = without_mean(v) if smooth_v else (v, None)
-        v, v_scale = _values(v, pv)
-        tiles_q = triton.cdiv(seq_q, tile.rows)
-        _forward[(tiles_q * heads * batch,)](
-            *(qk.q, qk.q.stride()[:3], qk.q_scale, qk.k, qk.k.stride()[:3], qk.k_scale, qk.q_mean_scores),
-            *(v, v.stride(), v_scale, v_mean, q, q.stride()[:3], qk.k_mean, out, out.stride()[:3], lse),
-            *(scale * LOG2_E, tiles_q, heads, heads // k.shape[1], seq_q, seq_k),
-            CAUSAL=causal,
-            SHORT_TAIL=seq_k % tile.keys != 0,
-            ROWS=tile.rows,
-            KEYS=tile.keys,
-            HEAD_DIM=head_dim,
-            DIM=dim,
-            num_warps=tile.warps,
-            num_stages=tile.stages,
-        )
+        _refuse(pv, asymmetric)
+        how = Rounding(*GROUPS[granularity], pv, LARGEST[bits], smooth_q, smooth_k, smooth_v=smooth_v)
+        return _launch(round_operands(q, k, v, how), q, torch.empty_like(q), causal=causal, scale=scale)
+
+
+def quantized_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_scale: Tensor,
+    k_scale: Tensor,
+    *,
+    causal: bool,
+    scale: float,
+    pv: str,
+    smooth_v: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """The same of integers q and k: (B, H, S, D) int8, with the scales of their tokens: (B, H, S) fp32.
+
+    Returns out like q in v's dtype and lse (B, Hq, Sq) fp32, of the integers' scores.
+    """
+    if q.numel() == 0 or k.numel() == 0:
+        return empty_result(q, v.dtype)
+    if scale < 0:
+        q, scale = -q, -scale
+    with on_device(q):
+        _refuse(pv)
+        values = round_values(v, pv=pv, smooth_v=smooth_v)
+        rounded = Rounded(q, q_scale.contiguous(), k, k_scale.contiguous(), None, None, *values)
+        return _launch(rounded, q, torch.empty_like(q, dtype=v.dtype), causal=causal, scale=scale)
+
+
+def _launch(x: Rounded, q: Tensor, out: Tensor, *, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+    """Fill out; q, as given, is read only where k has a mean. Returns out and lse."""
+    batch, heads, seq_q, head_dim = q.shape
+    kv_heads, seq_k, dim = *x.k.shape[1:3], padded_head_dim(head_dim, least=_LEAST_INT8_DIM)
+    tile, lse = sage_tile(dim), out.new_empty(out.shape[:-1], dtype=torch.float32)
+    tiles_q = triton.cdiv(seq_q, tile.rows)
+    _forward[(tiles_q * heads * batch,)](
+        *(x.q, x.q.stride()[:3], x.q_scale, x.k, x.k.stride()[:3], x.k_scale, x.q_mean_scores),
+        *(x.v, x.v.stride(), x.v_scale, x.v_mean, q, q.stride()[:3], x.k_mean, out, out.stride()[:3], lse),
+        *(scale * LOG2_E, tiles_q, heads, heads // kv_heads, seq_q, seq_k),
+        CAUSAL=causal,
+        SHORT_TAIL=seq_k % tile.keys != 0,
+        ROWS=tile.rows,
+        KEYS=tile.keys,
+        HEAD_DIM=head_dim,
+        DIM=dim,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+    )
     return out, lse
 
 
-def _refuse(qk: QuantizedQK, pv: str, arch: int) -> None:
+def _refuse(pv: str, asymmetric: bool = False) -> None:
+    arch = target_arch()
     if pv == "fp8" and arch < _FP8_ARCH:
         needs = f'pv="fp8" needs sm_{_FP8_ARCH} or newer, got sm_{arch}'
         raise UnsupportedError(f'sage_attention: {needs}. Use pv="fp16".')
-    if qk.q_offset is not None:
+    if asymmetric:
         raise UnsupportedError(
             "sage_attention: the Triton kernel has no offsets, got asymmetric=True. Use smooth_k and smooth_q."
         )
-
-
-def _values(v: Tensor, pv: str) -> tuple[Tensor, Tensor | None]:
-    """Return v as the kernel multiplies it, (B, Hkv, Sk, D), and the scale of its channels, (B, Hkv, D), if it has one.
-
-    In FP8 the tokens of a channel are contiguous and start at an aligned address: 8-bit tensor cores take no other
-    order, and the kernel would have to transpose every tile in registers.
-    """
-    if pv == "fp16":
-        return v.to(torch.float16), None
-    v, scale = quantize_v_fp8(v)
-    batch, heads, seq_k, head_dim = v.shape
-    aligned = v.new_empty(batch, heads, head_dim, seq_k + -seq_k % _FP8_ALIGNMENT)[..., :seq_k].mT
-    return aligned.copy_(v), scale
 
 
 @triton.jit(do_not_specialize=["Lse", "tiles_q", "heads", "group", "seq_q", "seq_k"])

@@ -13,15 +13,15 @@ from torch import Tensor
 
 from ...errors import UnsupportedError
 from ...layout import empty_result
-from ...numerics.block_rounding import round_qk, round_v_fp8
+from ...numerics.quantize import Groups
 from .block_sparse import broadcast_strides, split_list
 from .device import LN_2, LOG2_E, finish, load, start, weigh
+from .quantize import Rounding, round_operands
 from .tiles import on_device, padded_head_dim, sparge_tile, target_arch
 
 _LEAST_FACTOR = tl.constexpr(2.0**-120)
 _LEAST_INT8_DIM = 32
 _FP8_ARCH = 89
-_FP8_ALIGNMENT = 16
 _FP8_PEAK_LOG2 = tl.constexpr(8.807354922057604)  # log2(448), the largest e4m3 number: weights fill its range
 _NEVER_SKIPPED = tl.constexpr(2)  # blocks at the end of a list that the second stage leaves alone
 
@@ -52,7 +52,7 @@ def attention(
         block_q: tokens of a block of queries.
         block_k: tokens of a block of keys.
         pv: "fp16": weights and v in FP16; "fp8": in e4m3, v with a scale per channel.
-        smooth_k: subtract k's mean before quantization, as `round_qk` does.
+        smooth_k: subtract k's mean before quantization, as `block_rounding` does.
         pv_threshold: () or (Hq,) fp32, in powers of two, or None for no second stage.
         causal: token i sees keys 0 ... i (top-left).
         scale: factor on the scores.
@@ -82,12 +82,11 @@ def attention(
         if pv_threshold is not None and (tile.rows, tile.keys) != (block_q, block_k):
             needs = f"pv_threshold needs blocks of one tile, {tile.rows} x {tile.keys}, got {block_q} x {block_k}"
             raise UnsupportedError(f"sparge_attention: {needs}. Use such blocks, or no pv_threshold.")
-        qk = round_qk(q, k, block_q=block_q, block_k=block_k, smooth_k=smooth_k, causal=causal)
-        v, v_scale = _values(v, pv, block_k, causal)
+        x = round_operands(q, k, v, _rounding(block_q, block_k, pv, smooth_k, causal))
         tiles_q = triton.cdiv(seq_q, block_q) * triton.cdiv(block_q, tile.rows)
         _forward[(tiles_q * heads * batch,)](
-            *(qk.q, qk.q.stride()[:3], qk.q_scale, qk.k, qk.k.stride()[:3], qk.k_scale, v, v.stride(), v_scale),
-            *(q, q.stride()[:3], qk.k_mean, out, out.stride()[:3], lse),
+            *(x.q, x.q.stride()[:3], x.q_scale, x.k, x.k.stride()[:3], x.k_scale, x.v, x.v.stride(), x.v_scale),
+            *(q, q.stride()[:3], x.k_mean, out, out.stride()[:3], lse),
             *(block_index, *broadcast_strides(block_index), block_count, *broadcast_strides(block_count)),
             *(pv_threshold, 0 if pv_threshold is None or pv_threshold.dim() == 0 else pv_threshold.stride(0)),
             *(scale * LOG2_E, tiles_q, heads, heads // k.shape[1], seq_q, seq_k),
@@ -105,18 +104,16 @@ def attention(
     return out, lse
 
 
-def _values(v: Tensor, pv: str, block_k: int, causal: bool) -> tuple[Tensor, Tensor | None]:
-    """Return v as the kernel multiplies it, (B, Hkv, Sk, D), and in FP8 its scales, (B, Hkv, nk, D), contiguous.
-
-    In FP8 the tokens of a channel are contiguous and start at an aligned address: 8-bit tensor cores take no other
-    order, and the kernel would have to transpose every tile in registers.
-    """
-    if pv == "fp16":
-        return v.to(torch.float16), None
-    v, scale = round_v_fp8(v, block_k=block_k, causal=causal)
-    batch, heads, seq_k, head_dim = v.shape
-    aligned = v.new_empty(batch, heads, head_dim, seq_k + -seq_k % _FP8_ALIGNMENT)[..., :seq_k].mT
-    return aligned.copy_(v), scale.contiguous()
+def _rounding(block_q: int, block_k: int, pv: str, smooth_k: bool, causal: bool) -> Rounding:
+    """What `block_rounding` defines: with `causal`, nothing depends on what a block of queries must not see."""
+    return Rounding(
+        Groups(block_q),
+        Groups(1 if causal else block_k),
+        pv,
+        smooth_k=smooth_k,
+        mean_keys=block_q if causal else None,
+        growing_block=block_k if causal and pv == "fp8" else None,
+    )
 
 
 @triton.jit(
@@ -209,7 +206,7 @@ def _forward(
     queries = (q, factor, row)
     v_scale = tl.full([DIM], 1.0, tl.float32)
     if FP8:
-        blocks_k = (seq_k + BLOCK_K - 1) // BLOCK_K
+        blocks_k = (seq_k + BLOCK_K - 1) // BLOCK_K if CAUSAL else 1
         VScale += kv_plane * blocks_k * HEAD_DIM
         v_scale = tl.load(VScale + dim, mask=channel_exists, other=0.0)
     second_stage = None
