@@ -8,6 +8,8 @@ from torch import Tensor
 from .call import FLOAT_DTYPES, dtype_name
 from .errors import ArgumentError
 
+_FLOATS = " or ".join(map(dtype_name, FLOAT_DTYPES))
+
 
 def check_qkv(op: str, q: Tensor, k: Tensor, v: Tensor) -> None:
     """Check q: (B, Hq, Sq, D) against k and v: (B, Hkv, Sk, D).
@@ -16,11 +18,37 @@ def check_qkv(op: str, q: Tensor, k: Tensor, v: Tensor) -> None:
         ArgumentError: on wrong rank, dtype, device, shapes, or a last dimension that is not contiguous.
     """
     for name, tensor in (("q", q), ("k", k), ("v", v)):
+        if tensor.dtype not in FLOAT_DTYPES or tensor.dtype != q.dtype:
+            raise ArgumentError(op, name, f"be {_FLOATS}, the same for q, k and v", dtype_name(tensor.dtype))
+    _check_layout(op, q, k, v)
+
+
+def check_quantized_qk(op: str, q: Tensor, k: Tensor, v: Tensor, q_scale: Tensor, k_scale: Tensor) -> None:
+    """Check int8 q: (B, Hq, Sq, D) and k: (B, Hkv, Sk, D), their scales and a float v: (B, Hkv, Sk, D).
+
+    Raises:
+        ArgumentError: as `check_qkv`, and unless the scales are fp32, one for each token, without a gradient.
+    """
+    for name, tensor in (("q", q), ("k", k)):
+        if tensor.dtype is not torch.int8:
+            raise ArgumentError(op, name, "be int8", dtype_name(tensor.dtype))
+    if v.dtype not in FLOAT_DTYPES:
+        raise ArgumentError(op, "v", f"be {_FLOATS}", dtype_name(v.dtype))
+    _check_layout(op, q, k, v)
+    for name, scale, of in (("q_scale", q_scale, q), ("k_scale", k_scale, k)):
+        if scale.dtype is not torch.float32:
+            raise ArgumentError(op, name, "be float32, whatever v is", dtype_name(scale.dtype))
+        if scale.shape != of.shape[:-1]:
+            raise ArgumentError(op, name, f"have shape {tuple(of.shape[:-1])}, one per token", tuple(scale.shape))
+        if scale.device != q.device:
+            raise ArgumentError(op, name, f"be on q's device {q.device}", scale.device)
+        _check_no_gradient(op, name, scale)
+
+
+def _check_layout(op: str, q: Tensor, k: Tensor, v: Tensor) -> None:
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
         if tensor.dim() != 4:
             raise ArgumentError(op, name, "be 4-D, (batch, heads, tokens, head_dim)", tuple(tensor.shape))
-        if tensor.dtype not in FLOAT_DTYPES or tensor.dtype != q.dtype:
-            wanted = " or ".join(map(dtype_name, FLOAT_DTYPES))
-            raise ArgumentError(op, name, f"be {wanted}, the same for q, k and v", dtype_name(tensor.dtype))
         if tensor.device != q.device:
             raise ArgumentError(op, name, f"be on q's device {q.device}", tensor.device)
         if tensor.stride(-1) != 1 and tensor.shape[-1] != 1:
@@ -55,6 +83,10 @@ def check_per_head(op: str, argument: str, tensor: Tensor, q: Tensor) -> None:
         raise ArgumentError(op, argument, f"have shape () or ({q.shape[1]},), one per head of q", tuple(tensor.shape))
     if tensor.device != q.device:
         raise ArgumentError(op, argument, f"be on q's device {q.device}", tensor.device)
+    _check_no_gradient(op, argument, tensor)
+
+
+def _check_no_gradient(op: str, argument: str, tensor: Tensor) -> None:
     if tensor.requires_grad and torch.is_grad_enabled():
         raise ArgumentError(op, argument, "not require a gradient, it has none", "one that does", "Pass its .detach().")
 

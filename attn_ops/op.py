@@ -1,8 +1,8 @@
 """define_op: how every attention op becomes a `torch.ops.sparseattn.*` op.
 
 One call gives an op its schema, device kernels, fakes, autograd, autocast and refusals. Every op is
-`(q, k, v, ...) -> (out, lse)`: `out` like q, in q's stride order; `lse` fp32 (B, Hq, Sq), contiguous. Its backward,
-where it has one, is `(grad_out, grad_lse, out, lse, q, k, v, ...) -> (grad_q, grad_k, grad_v, ...)`.
+`(q, k, v, ...) -> (out, lse)`: `out` like q, in q's stride order and v's dtype; `lse` fp32 (B, Hq, Sq), contiguous. Its
+backward, where it has one, is `(grad_out, grad_lse, out, lse, q, k, v, ...) -> (grad_q, grad_k, grad_v, ...)`.
 """
 
 from __future__ import annotations
@@ -90,9 +90,9 @@ def _define_backward(
 
 
 def _fake_forward(check: Kernel) -> Kernel:
-    def fake(q: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        check(q, *args, **kwargs)
-        return torch.empty_like(q), q.new_empty(q.shape[:-1], dtype=torch.float32)
+    def fake(q: Tensor, k: Tensor, v: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        check(q, k, v, *args, **kwargs)
+        return torch.empty_like(q, dtype=v.dtype), q.new_empty(q.shape[:-1], dtype=torch.float32)
 
     return fake
 

@@ -5,6 +5,7 @@ from .backends.block_topk import block_topk_attention
 from .backends.flash import flash_attention
 from .backends.sage import sage_attention
 from .backends.sage_fp4 import sage_fp4_attention
+from .backends.sage_quantized import sage_attention_quantized
 from .backends.sage_sla import sage_sparse_linear_attention
 from .backends.sla import sparse_linear_attention
 from .backends.sparge import sparge_attention
@@ -18,6 +19,7 @@ __all__ = [
     "block_topk_attention",
     "flash_attention",
     "sage_attention",
+    "sage_attention_quantized",
     "sage_fp4_attention",
     "sage_sparse_linear_attention",
     "sliding_tile_attention",

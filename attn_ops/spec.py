@@ -152,6 +152,7 @@ class Provider:
         why_not: further requirements.
         install: the command that brings its package, or "".
         detail: loads a function that says in a line what serves it on this machine, for `sparseattn backends`.
+        only_if_named: why no automatic choice takes it, or "" if one may.
     """
 
     name: str
@@ -162,6 +163,7 @@ class Provider:
     why_not: WhyNot = no_reasons
     install: str = ""
     detail: Callable[[], Callable[[], str]] | None = None
+    only_if_named: str = ""
 
     def reasons(self, call: AttentionCall, capability: Capability) -> list[str]:
         """Why this provider cannot serve the call on the machine; empty if it can."""
@@ -171,6 +173,24 @@ class Provider:
         if self.install and self.support.package and not capability.has(self.support.package):
             reasons = [f"{r} ({self.install})" if r.endswith("is not installed") else r for r in reasons]
         return reasons
+
+
+@dataclass(frozen=True)
+class Prologue:
+    """How an op on rounded tensors stands for one that rounds q and k itself, at a site that reads its output alone.
+
+    Args:
+        of: name of the backend it stands for.
+        attend: computes what the op of that backend does, with the same arguments, from PyTorch's own operators and
+            this op. Its trace takes the place of the site.
+        why_not: why it cannot, for a call with the parameters of that backend.
+        break_even: why it would not pay, or None.
+    """
+
+    of: str
+    attend: Kernel
+    why_not: WhyNot = no_reasons
+    break_even: Callable[[AttentionCall, Capability], str | None] | None = None
 
 
 @dataclass(frozen=True)
@@ -192,6 +212,7 @@ class BackendSpec:
             times as much.
         selectable: a policy may choose it (False for ops that need an argument no graph has, such as a block map).
         attached: the op's tensor arguments that the module around the attention may hand over: trained parameters.
+        prologue: how this op, on rounded tensors, stands for that of another backend.
     """
 
     name: str
@@ -207,6 +228,7 @@ class BackendSpec:
     tolerance: Mapping[str, float] = field(default_factory=dict)
     selectable: bool = True
     attached: tuple[str, ...] = ()
+    prologue: Prologue | None = None
 
     def reasons(self, call: AttentionCall, capability: Capability) -> list[str]:
         """Why this backend cannot serve the call, whoever computes it; empty if it can."""

@@ -18,7 +18,9 @@ from torch import Tensor, fx
 from ..attn_ops.errors import PolicyError
 from ..attn_ops.param import varies
 from ..attn_ops.registry import backend
+from ..attn_ops.spec import Prologue
 from ..lowering.decision import Decision
+from .fused_prologue import insert_prologue
 from .normalize.graph import value_of
 from .sites import CallSite
 from .step_values import StepValues, Values
@@ -26,7 +28,13 @@ from .step_values import StepValues, Values
 _META_KEYS = ("example_value", "val")
 
 
-def place_op(site: CallSite, decision: Decision, values: StepValues | None, attached: dict[str, fx.Node]) -> fx.Node:
+def place_op(
+    site: CallSite,
+    decision: Decision,
+    values: StepValues | None,
+    attached: dict[str, fx.Node],
+    prologue: Prologue | None = None,
+) -> fx.Node:
     """Replace the node of a site by the op that was chosen.
 
     Args:
@@ -34,6 +42,7 @@ def place_op(site: CallSite, decision: Decision, values: StepValues | None, atta
         decision: what to put there.
         values: takes the values that follow the steps; None where the graph has nobody to bring them.
         attached: arguments that the module of the site hands over.
+        prologue: what to put in the place of the op: see `fused_prologue`.
 
     Returns:
         The node of its output, which every user of the site now reads.
@@ -47,9 +56,13 @@ def place_op(site: CallSite, decision: Decision, values: StepValues | None, atta
     op = getattr(torch.ops.sparseattn, decision.op).default
     with graph.inserting_before(node):
         operands = tuple(_unit_stride(graph, operand) for operand in (site.q, site.k, site.v))
-        pair = graph.call_function(op, operands, {**arguments_of(site, decision, values), **attached})
-        out = graph.call_function(operator.getitem, (pair, 0))
-        _describe_result(node, site.q, pair, out)
+        arguments = {**arguments_of(site, decision, values), **attached}
+        if prologue is None:
+            pair = graph.call_function(op, operands, arguments)
+            out = graph.call_function(operator.getitem, (pair, 0))
+            _describe_result(node, site.q, pair, out)
+        else:
+            out = insert_prologue(prologue, node, operands, arguments)
         result = _in_layout_of(node, out)
     node.replace_all_uses_with(result)
     graph.erase_node(node)

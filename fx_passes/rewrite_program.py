@@ -38,6 +38,7 @@ def rewrite(
     capability: str | Capability | None = None,
     step: tuple[int, int] | None = None,
     hoist_tiling: bool = True,
+    fused_prologue: bool = False,
 ) -> tuple[Program, Report]:
     """Rewrite the attention of an exported program, or of a graph from Dynamo or torch.export.
 
@@ -53,6 +54,8 @@ def rewrite(
         step: (i, n), the step of a loop that the result is for, where the policy follows steps; None means the one that
             `with sparseattn.steps(i, n)` sets.
         hoist_tiling: keep tokens in tile order between sites, where that is exact.
+        fused_prologue: round q and k in the graph, wherever that is possible. A compiler of the program may fuse it
+            with what makes them; an interpreter, or a runtime with a kernel for the whole op, has more to do.
 
     Returns:
         The new program, with a valid signature, and the Report of every site.
@@ -71,7 +74,7 @@ def rewrite(
     machine = Capability.of(capability) if isinstance(capability, str) else capability
     module = copied(program.graph_module if isinstance(program, ExportedProgram) else program)
     with _at(step):
-        report, constants = _rewrite(module, effective_policy(policy), machine, hoist_tiling)
+        report, constants = _rewrite(module, effective_policy(policy), machine, hoist_tiling, fused_prologue)
     publish(report)
     result: Any = with_graph(program, module, constants) if isinstance(program, ExportedProgram) else module
     if result is module:
@@ -84,7 +87,7 @@ def _at(step: tuple[int, int] | None) -> AbstractContextManager[object]:
 
 
 def _rewrite(
-    module: fx.GraphModule, policy: Policy | None, machine: Capability | None, hoist: bool
+    module: fx.GraphModule, policy: Policy | None, machine: Capability | None, hoist: bool, fuse: bool
 ) -> tuple[Report, dict[fx.Node, Tensor]]:
     """Rewrite in place, for the step that is set; also the inputs that the graph gained and their values."""
     if policy is None:
@@ -96,7 +99,7 @@ def _rewrite(
             "range of steps: rewrite(program, policy, step=(i, n)) is the one for step i of n."
         )
     values = StepValues(module)
-    report = rewrite_graph(module, policy, machine, hoist=hoist, values=values)
+    report = rewrite_graph(module, policy, machine, hoist=hoist, values=values, fuse=fuse)
     if follows:
         note = f"for {step} alone: the policy follows the steps, and the program is not told the step"
         report = replace(report, notes=(*report.notes, note))

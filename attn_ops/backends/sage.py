@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import hopper
 from ..call import AttentionCall
 from ..capability import Capability
 from ..checks import check_choice, check_qkv, default_scale
@@ -58,6 +59,7 @@ def sage_attention(
         causal: query i sees keys 0 ... i, aligned top-left as in `scaled_dot_product_attention`.
         scale: factor on the scores; None means D ** -0.5.
         provider: "sageattention", "triton", "cpu", "reference", or "auto" for the first of these that can serve it.
+            Never chosen so: "gluon" and "gluon_overlapped", kernels for Hopper that are not measured yet.
 
     Returns:
         out: (B, Hq, Sq, D), q's dtype and stride order. Without a key it is 0.
@@ -147,15 +149,38 @@ def _why_not_triton(call: AttentionCall, capability: Capability) -> list[str]:
     return reasons
 
 
+def _why_not_gluon(call: AttentionCall, _capability: Capability) -> list[str]:
+    return [f"{name}=True is not in its kernel" for name in ("smooth_q", "smooth_v", "asymmetric") if call.param(name)]
+
+
+# On a Zen 4 CPU, one and two threads, 4 heads of 64 or 128 channels, fp32, fp16 and bf16, causal or not, through the
+# native kernels: 0.8 to 3.0 times the speed of dense at 256 tokens, 1.1 to 3.8 at 512, 1.3 to 3.4 at 1024 and more;
+# compiled without VNNI, on two threads: 0.8 to 1.7 at 1024, 1.1 to 1.4 at 4096.
+_LEAST_SEQ = {"avx512_bf16": 512, "avx512_vnni": 512, "avx512": 4096, "avx2": 4096}
+_IN_CHUNKS = ("smooth_q", "smooth_v", "asymmetric")
+"""Options that the native CPU kernels do not have, beside bits=4 and pv="fp8"."""
+
+
 def _break_even(call: AttentionCall, capability: Capability) -> str | None:
-    """Measured on one Zen 4 core, 1024 to 8192 tokens, head_dim 64 and 128; unmeasured on CUDA.
+    """Unmeasured on CUDA."""
+    if capability.device != "cpu":
+        return None
+    least = _LEAST_SEQ.get(capability.cpu_kernels)
+    if least is None or call.param("pv") == "fp8" or call.param("bits") != 8 or any(map(call.param, _IN_CHUNKS)):
+        return _break_even_in_chunks(call, capability)
+    if min(call.seq_q, call.seq_k) < least:
+        return f"{call.seq_q} queries and {call.seq_k} keys; on this CPU it is faster from {least} on (measured)"
+    return None
+
+
+def _break_even_in_chunks(call: AttentionCall, capability: Capability) -> str | None:
+    """Measured on one Zen 4 core, 1024 to 8192 tokens, head_dim 64 and 128.
 
     Options: in bfloat16, not causal, 2048 and 4096 tokens; bits and asymmetric cost little.
     """
-    if capability.device != "cpu":
-        return None
     if call.dtype is not torch.bfloat16 or capability.cpu_isa != "avx512":
-        return "on a CPU it takes 1.0 to 1.4 times as long as dense attention (float32; causal: 1.1 to 2.1)"
+        how = "without native kernels, or with such options, a CPU takes"
+        return f"{how} 1.0 to 1.4 times as long as for dense attention (float32; causal: 1.1 to 2.1)"
     if call.param("pv") == "fp8":
         return 'pv="fp8" on a CPU takes 1.1 to 1.7 times as long as dense attention'
     if call.param("smooth_q") or call.param("smooth_v"):
@@ -203,11 +228,13 @@ BACKEND = BackendSpec(
             support=TRITON_FORWARD,
             why_not=_why_not_triton,
         ),
+        *hopper.providers(lambda function: later("kernels.gluon.sage", function), why_not=_why_not_gluon),
         Provider(
             "cpu",
-            "INT8 scores through oneDNN, softmax in fp32",
+            "C++ kernel compiled on first use, else INT8 scores through oneDNN, softmax in fp32",
             load=later("kernels.cpu.sage", "attention"),
             support=Support(grad=False, devices=("cpu",)),
+            detail=later("kernels.cpu.native.library", "integer_detail"),
         ),
         Provider(
             "reference",

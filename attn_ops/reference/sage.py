@@ -1,4 +1,4 @@
-"""sage_attention, defined: integer scores, and a softmax whose numerators are rounded as the hardware rounds them.
+"""Sage attention, quantizing and quantized, defined: integer scores, and numerators rounded as the hardware does.
 
 s = scale * (q' @ k'.T + mean(q block) @ (k - k_mean).T)    q', k': the integers as numbers, `QuantizedQK`
 p = exp(s - max(s)),  l = sum(p)                            fp32; l from p before rounding
@@ -39,22 +39,51 @@ def sage_attention(
     """
     if q.numel() == 0 or k.numel() == 0:
         return empty_result(q)
-    heads = q.shape[1]
     qk = quantize_qk(q, k, **qk_options)
+    out, lse = _attend(qk, v, causal=causal, scale=scale, pv=pv, smooth_v=smooth_v)
+    if qk.k_mean is not None:
+        lse = lse + scale * (q.float() @ per_query_head(qk.k_mean, q.shape[1]).mT).squeeze(-1)
+    return like_query(out, q), lse
+
+
+def sage_attention_quantized(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_scale: Tensor,
+    k_scale: Tensor,
+    *,
+    causal: bool = False,
+    scale: float,
+    pv: str,
+    smooth_v: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """The same from integers q: (B, Hq, Sq, D) and k: (B, Hkv, Sk, D) and a scale per token; lse is of their scores.
+
+    Returns out like q in v's dtype and lse (B, Hq, Sq).
+    """
+    if q.numel() == 0 or k.numel() == 0:
+        return empty_result(q, v.dtype)
+    qk = QuantizedQK(q, q_scale, k, k_scale, None)
+    out, lse = _attend(qk, v, causal=causal, scale=scale, pv=pv, smooth_v=smooth_v)
+    return like_query(out, q, v.dtype), lse
+
+
+def _attend(
+    qk: QuantizedQK, v: Tensor, *, causal: bool, scale: float, pv: str, smooth_v: bool
+) -> tuple[Tensor, Tensor]:
+    """Out: (B, Hq, Sq, D) and lse: (B, Hq, Sq), fp32, without the term of k's mean."""
     scores = scale * _scores(qk)
-    allowed = token_mask(q.shape[2], k.shape[2], causal=causal, device=q.device)
+    allowed = token_mask(qk.q.shape[2], qk.k.shape[2], causal=causal, device=v.device)
     scores = scores.masked_fill(~allowed, -torch.inf)
     largest = scores.amax(dim=-1, keepdim=True)
     weights = torch.exp(scores - largest)
     total = weights.sum(dim=-1, keepdim=True)
-    lse = (largest + total.log()).squeeze(-1)
-    if qk.k_mean is not None:
-        lse = lse + scale * (q.float() @ per_query_head(qk.k_mean, heads).mT).squeeze(-1)
     v, v_mean = without_mean(v) if smooth_v else (v, None)
     out = _weighted_values(weights, v, pv) / total
     if v_mean is not None:
-        out = out + per_query_head(v_mean, heads)
-    return like_query(out, q), lse
+        out = out + per_query_head(v_mean, qk.q.shape[1])
+    return out, (largest + total.log()).squeeze(-1)
 
 
 def _scores(qk: QuantizedQK) -> Tensor:

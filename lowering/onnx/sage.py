@@ -30,7 +30,7 @@ def sage_attention(
 ) -> tuple[Value, Value]:
     """Body of `sage_attention`."""
     q, k, v = given["q"], given["k"], given["v"]
-    k_mean, v_mean = k.mean(2), v.mean(2)
+    k_mean = k.mean(2)
     keys = k - k_mean if smooth_k else k
     groups, largest = GROUPS[granularity], LARGEST[bits]
     q_mean = spread(block_mean(q, SMOOTH_Q_BLOCK), SMOOTH_Q_BLOCK, q.size(2))
@@ -38,9 +38,31 @@ def sage_attention(
     right = round_integers(keys, groups[1], largest, asymmetric=asymmetric)
     if smooth_q:  # one product of twice the channels: integers with integers, means with keys
         left, right = graph.concat(left, q_mean, axis=3), graph.concat(right, keys, axis=3)
+    out, lse = _attend(left, right, v, pv=pv, smooth_v=smooth_v, causal=causal, scale=scale)
+    return out, lse + mean_scores(q, k_mean, scale) if smooth_k else lse
+
+
+def sage_attention_quantized(
+    graph: Graph,  # noqa: ARG001  (the signature of a body)
+    given: dict[str, Value],
+    *,
+    pv: str,
+    smooth_v: bool,
+    causal: bool,
+    scale: float,
+    **_: Any,
+) -> tuple[Value, Value]:
+    """Body of `sage_attention_quantized`; its integers come as FLOAT."""
+    left, right = (given[name] * given[f"{name}_scale"].unsqueeze(3) for name in ("q", "k"))
+    return _attend(left, right, given["v"], pv=pv, smooth_v=smooth_v, causal=causal, scale=scale)
+
+
+def _attend(
+    q: Value, k: Value, v: Value, *, pv: str, smooth_v: bool, causal: bool, scale: float
+) -> tuple[Value, Value]:
+    """Attention of what integers stand for, with weights and v rounded."""
+    v_mean = v.mean(2)
     values = round_values(v - v_mean if smooth_v else v, pv)
     rounding = Rounding(weights=round_weights(pv))
-    out, lse = attend_all(left, right, values, causal=causal, scale=scale, rounding=rounding)
-    if smooth_v:
-        out = out + per_query_head(v_mean, q.size(1))
-    return out, lse + mean_scores(q, k_mean, scale) if smooth_k else lse
+    out, lse = attend_all(q, k, values, causal=causal, scale=scale, rounding=rounding)
+    return out + per_query_head(v_mean, q.size(1)) if smooth_v else out, lse

@@ -45,7 +45,7 @@ def _results(op: str, call: Call) -> tuple[list[torch.dtype], list[list[int | to
     q = call.inputs["q"]
     batch, heads, seq, dim = q.shape
     if op != BLOCK_MAP:
-        return [q.dtype, torch.float32], [[batch, heads, seq, dim], [batch, heads, seq]]
+        return [call.inputs["v"].dtype, torch.float32], [[batch, heads, seq, dim], [batch, heads, seq]]
     nq, nk = (-(-x.shape[2] // call.attributes[block]) for x, block in ((q, "block_q"), (call.inputs["k"], "block_k")))
     return [torch.int32, torch.int32], [[batch, heads, nq, nk], [batch, heads, nq]]
 

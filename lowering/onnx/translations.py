@@ -18,7 +18,7 @@ from .block_sparse import block_sparse_attention
 from .block_topk import block_topk_attention
 from .flash import flash_attention
 from .graph import FLOAT, INT32, INT64, Graph, Value
-from .sage import sage_attention
+from .sage import sage_attention, sage_attention_quantized
 from .sage_fp4 import sage_fp4_attention
 from .sage_sla import sage_sparse_linear_attention
 from .sla import sparse_linear_attention
@@ -36,6 +36,7 @@ _BODIES: dict[str, Body] = {
         block_topk_attention,
         flash_attention,
         sage_attention,
+        sage_attention_quantized,
         sage_fp4_attention,
         sage_sparse_linear_attention,
         sliding_tile_attention,
@@ -134,7 +135,7 @@ def function_body(
     defaults = {argument.name: argument.default_value for argument in _arguments(op) if argument.name not in tensors}
     params = {**defaults, **attributes}
     first, second = _BODIES[op](graph, given, **params, lse=lse)
-    outputs = [graph.op("CastLike", first, graph.value("q"))]
+    outputs = [graph.op("CastLike", first, graph.value("v" if "v" in tensors else "q"))]
     if op == BLOCK_MAP:
         outputs = [first.cast(INT32), *([second.cast(INT32)] if lse and second is not None else [])]
     elif lse and second is not None:

@@ -122,7 +122,7 @@ def test_cpu_kernel_in_several_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
             "smooth_k": True,
         }
         want, want_lse = reference.sage_attention(q, k, v, **arguments)
-        out, lse = cpu.attention(q, k, v, **arguments)
+        out, lse = cpu.in_chunks(q, k, v, **arguments)
         torch.testing.assert_close(out, want, rtol=1e-3, atol=1e-4)
         torch.testing.assert_close(lse, want_lse, rtol=1e-5, atol=2e-5)
 
@@ -135,7 +135,7 @@ def test_cpu_kernel_without_an_exact_int8_product(int8: bool, monkeypatch: pytes
     monkeypatch.setattr(cpu, "_int8_matmul_is_exact", lambda: int8)
     q = k = torch.ones(1, 1, 64, 256)
     v = torch.randn(1, 1, 64, 256)
-    out, lse = cpu.attention(q, k, v, scale=1.0, granularity="per_block", pv="fp16", smooth_k=False)
+    out, lse = cpu.in_chunks(q, k, v, scale=1.0, granularity="per_block", pv="fp16", smooth_k=False)
     torch.testing.assert_close(lse, torch.full((1, 1, 64), 256.0 + math.log(64)))
     torch.testing.assert_close(out, v.half().float().mean(dim=2, keepdim=True).expand_as(out), rtol=1e-3, atol=1e-4)
 
@@ -382,16 +382,18 @@ def test_fp8_needs_a_gpu_that_has_it() -> None:
 @pytest.mark.parametrize(
     ("dtype", "machine", "seq", "causal", "pays"),
     [
-        (torch.float32, "cpu-avx512", 8192, False, False),
-        (torch.bfloat16, "cpu-avx512", 4096, False, True),
-        (torch.bfloat16, "cpu-avx512", 1024, True, False),
-        (torch.bfloat16, "cpu-avx2", 4096, False, False),
+        (torch.float32, "cpu", 8192, False, False),
+        (torch.float32, "cpu-avx512", 512, False, True),
+        (torch.bfloat16, "cpu-avx512", 256, True, False),
+        (torch.float32, "cpu-avx2", 2048, False, False),
+        (torch.float32, "cpu-avx2", 4096, False, True),
         (torch.bfloat16, "sm90", 4096, False, True),
     ],
 )
 def test_break_even(dtype: torch.dtype, machine: str, seq: int, causal: bool, pays: bool) -> None:
     capability = Capability.of(machine)
-    call = AttentionCall(1, 8, 8, seq, seq, 64, dtype=dtype, device=capability.device, causal=causal)
     backend = sparseattn.backends()["sage"]
+    params = tuple((param.name, param.default) for param in backend.params)
+    call = AttentionCall(1, 8, 8, seq, seq, 64, dtype=dtype, device=capability.device, causal=causal, params=params)
     assert backend.break_even is not None
     assert (backend.break_even(call, capability) is None) == pays

@@ -140,7 +140,7 @@ def test_smoothing_removes_a_large_offset_of_q(provider: str, bits: int, offset:
 def test_smoothing_removes_a_large_offset_of_v(provider: str, pv: str) -> None:
     """Measured against what v has beside its mean, the error is that of a v without one."""
     q, k, v = inputs(seq_q=256, seq_k=256)
-    offset = 100 * torch.randn(1, 2, 1, 64).sign()
+    offset = 200 * torch.randn(1, 2, 1, 64).sign()
     want = exact(q, k, v)[0]
     out, _ = sage_attention(q, k, v + offset, pv=pv, smooth_v=True, provider=provider)
     assert error(out - offset, want) <= {"fp16": 0.015, "fp8": 0.045}[pv]

@@ -477,10 +477,14 @@ def test_reasons_reach_a_direct_call() -> None:
 @pytest.mark.parametrize(
     ("machine", "seq", "params", "pays"),
     [
-        ("cpu", 512, {}, False),
-        ("cpu", 1024, {}, True),
-        ("cpu", 4096, {"pv": "fp8"}, False),
-        ("cpu", 4096, {"pv_threshold": 10.0}, False),
+        ("cpu", 2048, {}, False),
+        ("cpu", 4096, {}, True),
+        ("cpu-avx2", 512, {}, False),
+        ("cpu-avx2", 1024, {}, True),
+        ("cpu-avx512", 256, {}, False),
+        ("cpu-avx512", 512, {}, True),
+        ("cpu-avx512", 4096, {"pv": "fp8"}, False),
+        ("cpu-avx512", 4096, {"pv_threshold": 10.0}, False),
         ("sm90", 512, {"pv": "fp8"}, True),
     ],
 )

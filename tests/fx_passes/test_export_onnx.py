@@ -16,6 +16,7 @@ from support.zoo import ZOO, build
 from torch import Tensor, nn
 
 import sparseattn
+from sparseattn.attn_ops.backends.sage_quantized import quantize_and_attend
 from sparseattn.attn_ops.errors import ArgumentError, MissingPackageError, UnsupportedError
 from sparseattn.fx_passes.export.report_file import KEY
 from sparseattn.lowering.onnx.translations import OPS
@@ -41,6 +42,7 @@ class EveryOp(nn.Module):
             *ops.block_topk_attention(q, k, v, **BLOCKS),
             *ops.flash_attention(q, k, v, causal=True),
             *ops.sage_attention(q, k, v, pv="fp8", provider="reference"),
+            *quantize_and_attend(q, k, v, pv="fp8", provider="reference"),
             *ops.sage_fp4_attention(q, k, v),
             *ops.sage_sparse_linear_attention(q, k, v, pv="fp8", **BLOCKS, provider="reference"),
             *ops.sliding_tile_attention(q, k, v, window=(1, 3, 1), **VIDEO),

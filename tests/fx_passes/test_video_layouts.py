@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import runpy
+import importlib
 from pathlib import Path
 
 import pytest
@@ -285,10 +285,12 @@ def test_a_symbolic_grid_of_an_exported_program_is_refused() -> None:
 
 @pytest.mark.models
 @pytest.mark.parametrize(("name", "grid", "chosen"), [("wan", "21x30x52", "sta"), ("hunyuan_video", "33x45x80", None)])
-def test_full_size_models_are_explained_on_the_meta_device(name: str, grid: str, chosen: str | None) -> None:
-    path = Path(__file__).parents[2] / "benchmarks" / "explain_full_size.py"
-    benchmark = runpy.run_path(str(path))
-    report = benchmark["explain"](benchmark["MODELS"][name], 1, "sm90")
+def test_full_size_models_are_explained_on_the_meta_device(
+    name: str, grid: str, chosen: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
+    benchmark = importlib.import_module("suites.cpu.explain_full_size")
+    report = benchmark.explain(benchmark.MODELS[name], 1, "sm90")
     rows = [row for row in report.rows if row.call.layout is not None]
     assert rows
     assert {"x".join(map(str, row.call.layout.grid)) for row in rows} == {grid}

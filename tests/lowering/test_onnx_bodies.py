@@ -13,6 +13,7 @@ from torch import Tensor
 
 from sparseattn import BlockIndex
 from sparseattn.attn_ops.errors import UnsupportedError
+from sparseattn.attn_ops.numerics.quantize import quantize_qk
 from sparseattn.lowering.onnx.translations import OPS
 
 B, HQ, HKV, DIM = 2, 4, 2, 32
@@ -60,6 +61,13 @@ def _topk(**more: Any) -> tuple[str, dict[str, Any]]:
 
 def _sage(**more: Any) -> tuple[str, dict[str, Any]]:
     return "sage_attention", {**_qkv(200), **ROUNDED, **more}
+
+
+def _sage_quantized(**more: Any) -> tuple[str, dict[str, Any]]:
+    given = _qkv(200)
+    qk = quantize_qk(given["q"], given["k"], granularity="per_thread", smooth_k=True)
+    scales = {"q_scale": qk.q_scale, "k_scale": qk.k_scale}
+    return "sage_attention_quantized", {**given, "q": qk.q, "k": qk.k, **scales, **ROUNDED, **more}
 
 
 def _fp4(**more: Any) -> tuple[str, dict[str, Any]]:
@@ -154,6 +162,8 @@ QUANTIZED = {
     "sage smooth_q": lambda: _sage(granularity="per_warp", smooth_q=True, smooth_k=False),
     "sage asymmetric": lambda: _sage(asymmetric=True, smooth_v=True),
     "sage fp8": lambda: _sage(pv="fp8", smooth_v=True),
+    "sage quantized": lambda: _sage_quantized(causal=True),
+    "sage quantized fp8": lambda: _sage_quantized(pv="fp8", smooth_v=True, scale=0.3),
     "fp4": lambda: _fp4(),
     "fp4 plain causal": lambda: _fp4(smooth_q=False, smooth_k=False, two_level=False, causal=True),
     "sage_sla": lambda: _sage_sla(**_projection()),

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sparseattn.attn_ops.backends.sage_quantized import quantize_and_attend
+
 SMALL = {"block_q": 16, "block_k": 16, "keep_ratio": 0.5}
 GRID = {"grid": [4, 4, 4]}
 ON_TOKENS: dict[str, dict[str, Any]] = {
@@ -23,7 +25,7 @@ ON_VIDEO: dict[str, dict[str, Any]] = {
     "sliding_tile_attention": {**GRID, "tile": [2, 2, 2], "window": [1, 1, 2]},
     "vmoba_attention": {**GRID, "chunk": [1, 0, 0], "topk": 2},
 }
-OPS = ("block_sparse_attention", *ON_TOKENS, *ON_VIDEO)
+OPS = ("block_sparse_attention", "sage_attention_quantized", *ON_TOKENS, *ON_VIDEO)
 """In the order of the outputs, each (out, lse)."""
 
 
@@ -40,6 +42,7 @@ class EveryOp(nn.Module):
         ops = torch.ops.sparseattn
         k, v = q.flip(2), q + 1
         pairs = [ops.block_sparse_attention(video, video, video, index, count, block_q=16, block_k=16, causal=True)]
+        pairs.append(quantize_and_attend(q, k, v))
         for name, arguments in ON_TOKENS.items():
             given = {**arguments, "keep_ratios": self.ratios} if name == "block_topk_attention" else arguments
             more = (self.weight, self.bias) if "linear" in name else ()

@@ -19,7 +19,7 @@ from sparseattn.lowering.onnx.translations import Call, call_of, function_body
 onnx: Any = pytest.importorskip("onnx", reason="needs the packages of the extra onnx")
 onnxruntime: Any = pytest.importorskip("onnxruntime", reason="needs the packages of the extra onnx")
 
-_TYPES = {torch.float32: 1, torch.int32: 6, torch.int64: 7, torch.float16: 10}
+_TYPES = {torch.float32: 1, torch.int8: 3, torch.int32: 6, torch.int64: 7, torch.float16: 10}
 
 
 class _Record(TorchDispatchMode):
