@@ -27,7 +27,7 @@ from sparseattn.lowering.sta_strategy import StaStrategy
 from sparseattn.lowering.steps import step_callback, steps
 
 if TYPE_CHECKING:
-    from sparseattn.fx_passes import export, viz
+    from sparseattn.fx_passes import export, parallel, viz
     from sparseattn.fx_passes.calibration.calibrate import calibrate
     from sparseattn.fx_passes.calibration.samples import Sample
     from sparseattn.fx_passes.convert import Conversion, convert, unconvert
@@ -64,6 +64,7 @@ __all__ = [
     "last_report",
     "nn",
     "ops",
+    "parallel",
     "register",
     "rewrite",
     "sta_losses",
@@ -93,7 +94,7 @@ _LAZY = {
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("export", "viz"):
+    if name in ("export", "parallel", "viz"):
         return importlib.import_module(f"sparseattn.fx_passes.{name}")
     if name in _LAZY:
         return getattr(importlib.import_module(_LAZY[name]), name)

@@ -33,6 +33,10 @@ class RequirementError(SparseAttnError, RuntimeError):
     """A rule with mode="require" matched a site that its backend cannot serve."""
 
 
+class ParallelError(SparseAttnError, ValueError):
+    """Attention cannot be computed over shards of its sequence as asked."""
+
+
 class SelfCheckError(SparseAttnError, RuntimeError):
     """A rewritten layer was too far from dense attention, under the option on_failure="raise"."""
 

@@ -15,6 +15,7 @@ from torch import nn
 from ..lowering.fingerprint import fingerprint
 from ..lowering.measured import Measured
 from ..lowering.policy import Policy
+from .parallel.communication import NO_SHARDS
 from .report import Row
 
 _LISTED = 8
@@ -35,6 +36,14 @@ def unmatched_rules(policy: Policy, rows: Iterable[Row]) -> tuple[str, ...]:
     if len(unmatched) > _LISTED:
         return (f"{len(unmatched)} rules match no site: {', '.join(map(str, unmatched))}",)
     return tuple(f"rule {number} matches no site: {policy.rules[number - 1]}" for number in unmatched)
+
+
+def unshared(rows: Iterable[Row]) -> tuple[str, ...]:
+    """A note where ranks were to share the tokens, and every site has all of them."""
+    whys = {row.communication.why for row in rows if row.communication}
+    if whys != {NO_SHARDS}:
+        return ()
+    return ("parallel: no site has shards. Call sparseattn.parallel.shard_model, or say how many tokens there are.",)
 
 
 def measured_elsewhere(policy: Policy, model: Callable[..., Any]) -> Iterator[str]:

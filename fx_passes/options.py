@@ -12,10 +12,14 @@ from typing import Any, Literal, get_args
 
 from ..attn_ops.capability import Capability
 from ..attn_ops.errors import PolicyError, nearest
+from ..lowering.context_parallel import ContextParallel
 
 INDUCTOR = "inductor"
 OnFailure = Literal["report", "demote", "raise"]
-_OURS = ("policy", "inner_backend", "capability", "hoist_tiling", "mode", "check", "on_failure", "check_limit")
+_OURS = (
+    *("policy", "inner_backend", "capability", "hoist_tiling", "fused_prologue", "parallel"),
+    *("mode", "check", "on_failure", "check_limit"),
+)
 
 
 @dataclass(frozen=True)
@@ -64,16 +68,20 @@ class Options:
         inner_backend: the backend that compiles the rewritten graph.
         capability: the machine to decide for, or None for the one each tensor is on.
         hoist_tiling: keep tokens in tile order between sites, where that is exact.
+        fused_prologue: quantize in the graph: wherever it is possible, nowhere, or (None) where it was measured to pay.
         check: how the rewritten sites are compared with dense attention; None if they are not.
         inductor: Inductor configuration, with that of `mode` filled in.
+        parallel: how the sequence is shared with other ranks, or None.
     """
 
     policy: Any = None
     inner_backend: str = INDUCTOR
     capability: Capability | None = None
     hoist_tiling: bool = True
+    fused_prologue: bool | None = None
     check: CheckOptions | None = None
     inductor: dict[str, Any] = field(default_factory=dict)
+    parallel: ContextParallel | None = None
 
     @classmethod
     def parse(cls, mode: str | None, options: Mapping[str, Any] | None) -> Options:
@@ -87,15 +95,21 @@ class Options:
         capability = given.pop("capability", None)
         policy = given.pop("policy", None)
         hoist = given.pop("hoist_tiling", True)
+        fuse = given.pop("fused_prologue", None)
+        parallel = given.pop("parallel", None)
         mode = given.pop("mode", mode)
         check = CheckOptions.parse(given)
         if not isinstance(hoist, bool):
             raise PolicyError(f"options: hoist_tiling must be true or false, got {hoist!r}.")
+        if not isinstance(fuse, bool | None):
+            raise PolicyError(f"options: fused_prologue must be true, false or left out, got {fuse!r}.")
+        if not isinstance(parallel, ContextParallel | None):
+            raise PolicyError(f"options: parallel must be a sparseattn.parallel.ContextParallel, got {parallel!r}.")
         if inner != INDUCTOR:
             _check_inner(inner, mode, given)
-            return cls(policy, inner, _capability(capability), hoist, check)
+            return cls(policy, inner, _capability(capability), hoist, fuse, check, parallel=parallel)
         inductor = {**_mode_options(mode), **_inductor_options(given)}
-        return cls(policy, inner, _capability(capability), hoist, check, inductor)
+        return cls(policy, inner, _capability(capability), hoist, fuse, check, inductor, parallel)
 
 
 def _capability(given: str | Capability | None) -> Capability | None:

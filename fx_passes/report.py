@@ -15,6 +15,8 @@ from ..attn_ops.call import AttentionCall, dtype_name
 from ..attn_ops.schedule import Schedule
 from ..lowering.decision import Decision
 from .hoist_tiling import Hoisted
+from .parallel.communication import COLUMNS as COMMUNICATION_COLUMNS
+from .parallel.communication import Communication, size_text
 from .report_page import page
 from .site_check import COLUMNS as CHECK_COLUMNS
 from .site_check import SiteCheck
@@ -35,6 +37,7 @@ class Row:
     call: AttentionCall
     decision: Decision
     check: SiteCheck | None = None
+    communication: Communication | None = None
 
     @property
     def name(self) -> str:
@@ -73,7 +76,16 @@ class Row:
         params = {name: v.to_dict() if isinstance(v, Schedule) else v for name, v in self.decision.params}
         decision = {**asdict(self.decision), "params": params}
         check = {"check": self.check.to_dict()} if self.check else {}
-        return {"module": self.module, "source": self.source, "call": call, "decision": decision, **check}
+        sent = {"communication": asdict(self.communication)} if self.communication else {}
+        return {"module": self.module, "source": self.source, "call": call, "decision": decision, **check, **sent}
+
+
+def _communication_cells(row: Row) -> tuple[str, ...]:
+    return row.communication.cells() if row.communication else ("",) * len(COMMUNICATION_COLUMNS)
+
+
+def _check_cells(row: Row) -> tuple[str, ...]:
+    return row.check.cells() if row.check else ("",) * len(CHECK_COLUMNS)
 
 
 def _brief(value: object) -> str:
@@ -120,6 +132,16 @@ class Report:
         """Number of sites that became one of our ops."""
         return sum(not decision.is_dense for decision in self.decisions)
 
+    @property
+    def communication(self) -> str:
+        """What leaves this rank in one forward pass, "" where nothing was asked to."""
+        told = [row.communication for row in self.rows if row.communication]
+        if not told:
+            return ""
+        sent, collectives = sum(one.sent for one in told), sum(one.collectives for one in told)
+        moved = sum(bool(one.collectives) for one in told)
+        return f"{size_text(sent)} sent by each rank in {collectives} collectives around {moved} of {len(told)} sites"
+
     def summary(self) -> str:
         """One line: `5 attention sites: 4 block_topk, 1 sdpa (policy fast, cpu-avx512)`."""
         counts = ", ".join(f"{count} {name}" for name, count in self.chosen.most_common()) or "nothing to rewrite"
@@ -134,16 +156,19 @@ class Report:
     def __str__(self) -> str:
         table = aligned(self._table()) if self.rows else []
         title = f"sparseattn · policy {self.policy} ({self.policy_hash}) · {self.capability}"
-        return "\n".join([title, *table, self.summary(), *(f"note: {note}" for note in self.notes), *self._why_not()])
+        sent = [f"communication: {self.communication}"] if self.communication else []
+        notes = (f"note: {note}" for note in self.notes)
+        return "\n".join([title, *table, self.summary(), *sent, *notes, *self._why_not()])
 
     def _table(self) -> list[tuple[str, ...]]:
-        """Heading and rows; with the columns of the self-check, before the last, only where one was made."""
+        """Heading and rows; with columns of communication and self-check, before the last, only where there is any."""
         table = [_COLUMNS, *((str(i), *row.cells()) for i, row in enumerate(self.rows))]
-        checks = [row.check for row in self.rows]
-        if not any(checks):
-            return table
-        added = [CHECK_COLUMNS, *(check.cells() if check else ("",) * len(CHECK_COLUMNS) for check in checks)]
-        return [(*line[:-1], *more, line[-1]) for line, more in zip(table, added, strict=True)]
+        for names, cells in ((COMMUNICATION_COLUMNS, _communication_cells), (CHECK_COLUMNS, _check_cells)):
+            given = [cells(row) for row in self.rows]
+            if any(map(any, given)):
+                added = [names, *given]
+                table = [(*line[:-1], *more, line[-1]) for line, more in zip(table, added, strict=True)]
+        return table
 
     def _why_not(self) -> Iterator[str]:
         """Per candidate that the policy names, its reasons with the number of sites each applied to."""
@@ -172,6 +197,7 @@ class Report:
             "capability": self.capability,
             "summary": self.summary(),
             "hoisted": asdict(self.hoisted),
+            **({"communication": self.communication} if self.communication else {}),
             "notes": list(self.notes),
             "sites": [row.to_dict() for row in self.rows],
         }

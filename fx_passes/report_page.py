@@ -67,6 +67,8 @@ def _summary(report: Report) -> str:
     facts += [("Policy", policy), ("Machine", report.capability)]
     if report.hoisted.sites:
         facts.append(("Tiling", str(report.hoisted)))
+    if report.communication:
+        facts.append(("Communication", report.communication))
     if checks := _checks(report):
         facts.append(("Self-check", checks))
     listed = "".join(f"<dt>{name}</dt><dd>{html.escape(told)}</dd>" for name, told in facts if told)

@@ -14,15 +14,19 @@ from ..attn_ops.call import AttentionCall
 from ..attn_ops.capability import Capability
 from ..attn_ops.registry import backend
 from ..attn_ops.step_range import Step
+from ..lowering.context_parallel import ContextParallel
 from ..lowering.decide import decide
 from ..lowering.decision import Decision
 from ..lowering.policy import Policy
 from ..lowering.steps import current_step
 from .attached import AttachedTensors
+from .fused_prologue import fuse_at
 from .hoist_tiling import Hoisted, hoist_tiling
 from .layouts import Grids
 from .normalize import PASSES, opaque_sites
-from .notes import unmatched_rules
+from .notes import unmatched_rules, unshared
+from .parallel.exchange import Exchange, Exchanges, Stay
+from .parallel.tokens import Shards
 from .place_op import place_op
 from .probes import Probes
 from .report import Report, Row
@@ -40,6 +44,8 @@ def rewrite_graph(
     values: StepValues | None = None,
     probes: Probes | None = None,
     demoted: Mapping[Hashable, str] | None = None,
+    fuse: bool | None = None,
+    parallel: ContextParallel | None = None,
 ) -> Report:
     """Rewrite a graph and its sub-graphs in place, for the step that is set.
 
@@ -51,13 +57,20 @@ def rewrite_graph(
         values: takes the values that follow the steps: the graph gains inputs for them. None where nobody brings them.
         probes: put dense attention beside every rewritten site and compare. None where nobody reads the comparisons.
         demoted: sites, by `site_key`, that stay dense whatever the policy says, and why.
+        fuse: round q and k in the graph: wherever it is possible, nowhere, or (None) where it was measured to pay.
+        parallel: exchange shards of the sequence around every site that has them. None where each rank has all.
 
     Raises:
         RequirementError: if a rule with mode="require" matches a site that its backend cannot serve.
+        ParallelError: if a site has shards that cannot be exchanged.
         PolicyError: if a value that follows the steps cannot reach a site.
     """
     trains = any(AttachedTensors(graph.graph).need_grad for graph in graphs_of(module))
-    rewriter = _Rewriter(policy, capability, current_step(), Grids(module), values, trains, probes, demoted or {})
+    grids = Grids(module) if parallel is None else Shards(module)
+    exchanges = Exchanges(parallel, grids) if parallel is not None and isinstance(grids, Shards) else None
+    rewriter = _Rewriter(
+        policy, capability, current_step(), grids, values, trains, probes, demoted or {}, fuse, exchanges
+    )
     rows = [row for graph in graphs_of(module) for row in rewriter.rewrite(graph)]
     # Only now: a grid is read in raster order, through the graphs before it.
     hoisted = sum(map(hoist_tiling, graphs_of(module) if hoist else ()), Hoisted())
@@ -66,7 +79,8 @@ def rewrite_graph(
         graph.recompile()
     named = tuple(dict.fromkeys(name for rule in policy.rules for name in rule.use))
     machine = str(capability or _capability_of(rows))
-    return Report(tuple(rows), policy.name, policy.hash, machine, hoisted, named, unmatched_rules(policy, rows))
+    notes = (*unmatched_rules(policy, rows), *([] if parallel is None else unshared(rows)))
+    return Report(tuple(rows), policy.name, policy.hash, machine, hoisted, named, notes)
 
 
 def graphs_of(module: fx.GraphModule) -> Iterator[fx.GraphModule]:
@@ -91,6 +105,8 @@ class _Rewriter:
     """A module hands over what is trained: its gradient flows through every site, even where nothing else is."""
     probes: Probes | None
     demoted: Mapping[Hashable, str]
+    fuse: bool | None
+    exchanges: Exchanges | None
 
     def rewrite(self, module: fx.GraphModule) -> list[Row]:
         """Rewrite one graph, without its sub-graphs."""
@@ -101,31 +117,41 @@ class _Rewriter:
         for site in find_sites(module, self.grids):  # each is read after those before it: one may feed another
             if self.trains:
                 site = replace(site, call=replace(site.call, needs_grad=True))
-            decision = self._decide(site)
+            exchange = Stay(site) if self.exchanges is None else self.exchanges.at(site)
+            asked = exchange.whole
+            decision = self._decide(asked)
             handed = {} if decision.backend is None else attached.of(site, decision.backend)
-            rows.append(Row(site.module, site.source, site.call, _with_training(decision, handed)))
-            if decision.is_dense:
+            communication = exchange.communication(handed)
+            site, handed = exchange.insert(handed)
+            if not decision.is_dense:
+                decision = self._place(site, exchange.of_rank(decision), handed)
+            elif not isinstance(exchange, Exchange):
                 dense.add(site.node)
-            else:
-                self._place(site, decision, handed)
+            rows.append(Row(asked.module, asked.source, asked.call, decision, communication=communication))
         for site_node, record in records.items():
             if site_node in dense:
                 record.restore()
             else:
                 record.commit()
         attached.erase()
+        if self.exchanges is not None:
+            self.exchanges.refuse_hidden(module.graph)
         return [*rows, *opaque]
 
-    def _place(self, site: CallSite, decision: Decision, handed: dict[str, fx.Node]) -> None:
-        if self.probes is None:
-            place_op(site, decision, self.values, handed)
-        else:
-            dense = self.probes.keep_dense(site)
-            self.probes.compare(place_op(site, decision, self.values, handed), dense)
+    def _place(self, site: CallSite, decision: Decision, handed: dict[str, fx.Node]) -> Decision:
+        """Rewrite a site; returns the decision with what was found on the way."""
+        decision, prologue = fuse_at(site, decision, self._machine(site), self.fuse)
+        dense = None if self.probes is None else self.probes.keep_dense(site)
+        out = place_op(site, decision, self.values, handed, prologue)
+        if self.probes is not None and dense is not None:
+            self.probes.compare(out, dense)
+        return _with_training(decision, handed)
+
+    def _machine(self, site: CallSite) -> Capability:
+        return self.capability or Capability.current(site.device)
 
     def _decide(self, site: CallSite) -> Decision:
-        machine = self.capability or Capability.current(site.device)
-        decision = decide(site.call, machine, self.policy, module=site.module, step=self.step)
+        decision = decide(site.call, self._machine(site), self.policy, module=site.module, step=self.step)
         if why := self.demoted.get(site_key(site.module, site.source, site.call, decision)):
             return _left_dense(decision, why)
         if site.grid.note:

@@ -1,0 +1,28 @@
+"""Context parallelism: a model on shards of its sequence, one on each rank, with attention over all of it.
+
+    model = torch.compile(model, backend="sparseattn", options={"parallel": ContextParallel(mesh)})
+
+`tensors` (shard and gather) and `model` (hooks that do it inside a model, by its plan in `plans`) mark what is a shard;
+`tokens` follows it through the graph; `exchange` puts the collectives of `ulysses` around every site.
+"""
+
+from ...lowering.context_parallel import ContextParallel
+from .communication import Communication
+from .model import Sharded, shard_model
+from .plans import Gather, Mask, Plan, Split, plan_of
+from .tensors import gather, shard, whole_mask
+
+__all__ = [
+    "Communication",
+    "ContextParallel",
+    "Gather",
+    "Mask",
+    "Plan",
+    "Sharded",
+    "Split",
+    "gather",
+    "plan_of",
+    "shard",
+    "shard_model",
+    "whole_mask",
+]

@@ -1,0 +1,258 @@
+"""Put the exchange of context parallelism around an attention site.
+
+    before:  out = sdpa(q, k, v)                                    a rank's tokens, all heads
+    after:   q', k', v' = to_heads(q, k, v);  out' = sdpa(q', k', v');  out = to_tokens(out')
+
+Between the two collectives the site is an attention over the whole sequence, with fewer heads, and is rewritten as any.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, fx
+
+from ...attn_ops.call import ParamValue
+from ...attn_ops.errors import ParallelError
+from ...attn_ops.param import Param
+from ...attn_ops.registry import backend
+from ...attn_ops.schedule import Schedule
+from ...attn_ops.sharding import local_tokens
+from ...lowering.context_parallel import ContextParallel
+from ...lowering.decision import Decision
+from ...lowering.head_split import HeadSplit
+from ..layouts.axis import unknown
+from ..normalize.graph import argument, value_of
+from ..sites import CallSite
+from .communication import NO_SHARDS, Communication
+from .inline import inline
+from .masks import mask_of, with_mask
+from .tokens import Shards, tokens_text
+from .ulysses import Piece, Ulysses, payload
+
+
+@dataclass(frozen=True)
+class Exchanges:
+    """What one graph and its sub-graphs exchange.
+
+    Args:
+        asked: how.
+        shards: which tokens are shards.
+    """
+
+    asked: ContextParallel
+    shards: Shards
+
+    def at(self, site: CallSite) -> Exchange | Stay:
+        """The exchange that a site needs.
+
+        Raises:
+            ParallelError: if it needs one that cannot be made.
+        """
+        q, k, v = self._pieces(site)
+        name = site.module or site.source or "a site"
+        if not any(piece.sharded for piece in (*q, *k, *v)):
+            return Stay(site, NO_SHARDS)
+        if not any(piece.sharded for piece in (*k, *v)):
+            if site.call.causal:
+                raise ParallelError(f"parallel: keys of the causal {name} must be sharded as its queries are.")
+            call = replace(site.call, kind="cross", layout=None)  # also where both happen to have as many tokens
+            return Stay(replace(site, call=call), "keys and values are on every rank: each answers its own queries")
+        if self.asked.ranks == 1:
+            return Stay(site, "there is one rank")
+        if not q == k == v:
+            raise ParallelError(
+                f"parallel: queries, keys and values of {name} must be sharded alike, got {tokens_text(q)}, "
+                f"{tokens_text(k)} and {tokens_text(v)} tokens. Leave keys and values whole where they come from text."
+            )
+        _refuse_unreadable(site, name)
+        split = HeadSplit.of(site.call.heads, site.call.kv_heads, self.asked.ranks)
+        return Exchange(site, Ulysses(q, split, self.asked.rank, self.asked.group), mask_of(site, name), self.shards)
+
+    def refuse_hidden(self, graph: fx.Graph) -> None:
+        """Raise if a graph whose sites are exchanged has attention over shards that is no site.
+
+        Raises:
+            ParallelError: naming the place.
+        """
+        if self.asked.ranks > 1:
+            self.shards.refuse_mixed(graph)
+
+    def _pieces(self, site: CallSite) -> tuple[tuple[Piece, ...], ...]:
+        if self.asked.tokens is None:
+            return self.shards.pieces(site.q, site.k, site.v)
+        return tuple(self._given(operand) for operand in (site.q, site.k, site.v))
+
+    def _given(self, operand: fx.Node) -> tuple[Piece, ...]:
+        """The pieces of tokens that the user told of; tokens of another number are on every rank."""
+        value, text = value_of(operand), self.asked.text_tokens
+        size = int(value.shape[2]) if isinstance(value, Tensor) and value.dim() == 4 else 0
+        tokens = self.asked.tokens or 0
+        shard = Piece(local_tokens(tokens, self.asked.ranks), tokens, sharded=True)
+        if size != shard.local + text:
+            return (Piece(size, size, sharded=False),)
+        words = [Piece(text, text, sharded=False)] if text else []
+        return (*words, shard) if self.asked.text_first else (shard, *words)
+
+
+@dataclass(frozen=True)
+class Stay:
+    """No exchange around one site.
+
+    Args:
+        site: the site.
+        why: why nothing has to be sent; "" where nobody asked.
+    """
+
+    site: CallSite
+    why: str = ""
+
+    @property
+    def whole(self) -> CallSite:
+        """The site as it is to be decided."""
+        return self.site
+
+    def of_rank(self, decision: Decision) -> Decision:
+        """The decision for the heads of this rank: all."""
+        return decision
+
+    def communication(self, _handed: dict[str, fx.Node]) -> Communication | None:
+        """What is sent: nothing."""
+        return Communication("none", self.why) if self.why else None
+
+    def insert(self, handed: dict[str, fx.Node]) -> tuple[CallSite, dict[str, fx.Node]]:
+        """Leave the graph as it is."""
+        return self.site, handed
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """The exchange around one site, not made yet.
+
+    Args:
+        site: as it is in the graph, over this rank's tokens.
+        ulysses: how.
+        mask: the mask over the whole sequence, or None.
+        shards: which tokens are shards; learns what is made.
+    """
+
+    site: CallSite
+    ulysses: Ulysses
+    mask: fx.Node | None
+    shards: Shards
+
+    @property
+    def whole(self) -> CallSite:
+        """The site as it is to be decided: over the whole sequence, and all heads."""
+        tokens = self.ulysses.tokens
+        call = replace(self.site.call, seq_q=tokens, seq_k=tokens, kind="self", dynamic=())
+        return replace(self.site, call=with_mask(call, self.site.node, self.mask))
+
+    def of_rank(self, decision: Decision) -> Decision:
+        """The decision for this rank's heads: a parameter that has a value for each head gets theirs."""
+        if decision.backend is None:
+            return decision
+        known = {param.name: param for param in backend(decision.backend).params}
+        params = tuple((name, self._own(known[name], value)) for name, value in decision.params)
+        return replace(decision, params=params)
+
+    def communication(self, handed: dict[str, fx.Node]) -> Communication:
+        """What it sends, with what the module of the site hands over."""
+        split = self.ulysses.heads
+        own = [(split.own, self.site.q), (split.own_kv, self.site.k), (split.own_kv, self.site.v)]
+        own += [(split.own, tensor) for tensor in _with_tokens(handed).values()]
+        batch, dims = int(value_of(self.site.q).shape[0]), [(heads, _channels(node)) for heads, node in own]
+        elements = payload(self.ulysses, dims, batch, _channels(self.site.v))
+        return Communication("ulysses", str(split), 2, elements * value_of(self.site.node).element_size())
+
+    def insert(self, handed: dict[str, fx.Node]) -> tuple[CallSite, dict[str, fx.Node]]:
+        """Put it into the graph, around the node of the site.
+
+        Args:
+            handed: what the module of the site hands over; what has tokens is sent with the rest.
+
+        Returns:
+            The site between the collectives, and what is handed over there.
+        """
+        node, whole, gates = self.site.node, self.whole, _with_tokens(handed)
+        users, dims, traced = list(node.users), self.shards.dims(node), value_of(node)
+        q, k, v, *more = self._to_heads([self.site.q, self.site.k, self.site.v, *gates.values()])
+        (mask,) = self._own_mask() or (None,)
+        node.args = (q, k, v)
+        node.kwargs = {
+            "attn_mask": mask,
+            "dropout_p": self.site.call.dropout,
+            "is_causal": argument(node, 5, "is_causal", False) or (mask is None and whole.call.causal),
+            "scale": self.site.scale,
+            "enable_gqa": self.ulysses.heads.own != self.ulysses.heads.own_kv,
+        }
+        node.meta = {**node.meta, _key_of(node): _result(value_of(q), value_of(v), traced)}
+        (out,) = inline(node.next, lambda out: [_laid_out(self.ulysses.to_tokens(out), traced)], [node], like=node)
+        for user in users:
+            user.replace_input_with(node, out)
+        self.shards.know(node, self.shards.dims(q))
+        self.shards.know(out, dims)
+        return replace(whole, q=q, k=k, v=v), {**handed, **dict(zip(gates, more, strict=True))}
+
+    def _to_heads(self, operands: list[fx.Node]) -> list[fx.Node]:
+        node = self.site.node
+        dtype = value_of(node).dtype  # under autocast the operands still have theirs, and more bytes
+
+        def send(*tensors: Tensor) -> list[Tensor]:
+            return self.ulysses.to_heads(*(tensor.to(dtype) for tensor in tensors))
+
+        sent = inline(node, send, operands, like=node)
+        for before, after in zip(operands, sent, strict=True):
+            batch, _, _, channels = self.shards.dims(before)
+            self.shards.know(after, (batch, unknown(value_of(after).shape[1]), self.shards.whole(before), channels))
+        return sent
+
+    def _own_mask(self) -> list[fx.Node]:
+        """The mask of this rank's heads."""
+        shape = None if self.mask is None else value_of(self.mask).shape
+        if self.mask is None or shape is None or len(shape) < 3 or shape[-3] == 1:
+            return [] if self.mask is None else [self.mask]
+        return inline(self.site.node, lambda mask: [self.ulysses.own_heads(mask)], [self.mask], like=self.site.node)
+
+    def _own(self, param: Param, value: ParamValue) -> ParamValue:
+        """A parameter's value for this rank's heads, which is another only where every head has its own."""
+        heads = self.ulysses.heads
+        if isinstance(value, Schedule):
+            return replace(value, values=tuple(self._own(param, entry) for entry in value.values))  # type: ignore[misc]
+        if not isinstance(value, tuple) or not (param.repeats or (param.tensor and type(param.default) is not tuple)):
+            return value
+        each = len(param.default) if isinstance(param.default, tuple) else 1
+        return heads.of_rank(self.ulysses.rank, value) if len(value) == each * heads.heads > each else value
+
+
+def _refuse_unreadable(site: CallSite, name: str) -> None:
+    if site.call.barrier is not None:
+        raise ParallelError(f"parallel: attention of {name} must be readable to be exchanged: {site.call.barrier}.")
+
+
+def _with_tokens(handed: dict[str, fx.Node]) -> dict[str, fx.Node]:
+    """Tensors (B, H, S, D) among what a module hands over."""
+    return {name: tensor for name, tensor in handed.items() if value_of(tensor).dim() == 4}
+
+
+def _channels(node: fx.Node) -> int:
+    return int(value_of(node).shape[3])
+
+
+def _result(q: Tensor, v: Tensor, traced: Tensor) -> Tensor:
+    """The value of attention between the collectives."""
+    with traced.fake_mode, torch.set_grad_enabled(traced.requires_grad):  # type: ignore[attr-defined]
+        values = q if q.shape[3] == v.shape[3] else q.new_empty((*q.shape[:3], v.shape[3]))
+        return torch.empty_like(values, dtype=traced.dtype, requires_grad=traced.requires_grad)
+
+
+def _laid_out(out: Tensor, traced: Tensor) -> Tensor:
+    """`out` in the memory order the graph was traced with: a `view` that was legal stays so."""
+    strides = [int(stride) for stride in traced.stride()]
+    order = sorted(range(out.dim()), key=lambda dim: -strides[dim])
+    return out.permute(order).contiguous().permute([order.index(dim) for dim in range(out.dim())])
+
+
+def _key_of(node: fx.Node) -> str:
+    return "example_value" if "example_value" in node.meta else "val"
