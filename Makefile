@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: demo test lint train clean
+.PHONY: demo test lint train bench bench-examples bench-quick clean
 
 demo: $(VENV)/.ready
 	$(RUN) examples/tiny_video/demo.py
@@ -19,6 +19,18 @@ lint: $(VENV)/.ready
 
 train: $(VENV)/.ready
 	$(RUN) examples/tiny_video/train.py
+
+# The figures of README and docs; docs/performance.md says how they are measured.
+bench: $(VENV)/.ready
+	$(RUN) -W ignore benchmarks/run.py cpu
+	$(RUN) benchmarks/tables.py
+
+bench-examples: $(VENV)/.ready
+	$(RUN) -W ignore benchmarks/run.py examples
+	$(RUN) benchmarks/tables.py
+
+bench-quick: $(VENV)/.ready
+	$(RUN) -W ignore benchmarks/run.py cpu --quick
 
 # torch is pinned and installed first: a range would bring the newest build with its CUDA packages.
 $(VENV)/.ready: pyproject.toml

@@ -15,7 +15,7 @@ import math
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -161,13 +161,13 @@ def row(model: Model, budget: float, samples: list[Sample], unseen: list[Sample]
     return Row(budget, policy, errors[0], taken[0] / taken[1], ratio, errors[1], taken[0] / taken[2])
 
 
-def main() -> None:
-    """Run the comparison."""
+def main(arguments: Sequence[str] | None = None) -> list[Row]:
+    """Run the comparison; a row for every budget."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--frames", type=int, default=16, help=f"{TOKENS_PER_FRAME} tokens each")
     parser.add_argument("--budgets", type=float, nargs="+", default=[0.01, 0.02, 0.03], help="relative L2 errors")
     parser.add_argument("--out", type=Path, default=Path("calibrate_out"))
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     options.out.mkdir(exist_ok=True)
     model = load_model()
     samples, unseen = (calls(model, options.frames, seeds) for seeds in (SEEDS, HELD_OUT))
@@ -179,6 +179,7 @@ def main() -> None:
     policies = {f"budget {row.budget:g}": row.policy for row in rows}
     viz.budget_curve(policies).savefig(options.out / f"budgets_{options.frames}_frames.png")
     viz.density_map(rows[-1].policy, total_steps=STEPS).savefig(options.out / f"density_{options.frames}_frames.png")
+    return rows
 
 
 def table(rows: list[Row]) -> str:

@@ -30,6 +30,17 @@ _TOLERANCE = {"torch.export": 1e-5, "AOTInductor": 1e-5, "ONNX": 1e-4}
 Arrays = dict[str, np.ndarray]
 
 
+class Shipped(NamedTuple):
+    """One format: the size of its file in MiB, the seconds it takes, and the relative L2 error."""
+
+    format: str
+    mib: float
+    make: float
+    load: float
+    run: float
+    error: float
+
+
 class Loaded(NamedTuple):
     """What a fresh process measured, in seconds, and what the model gave."""
 
@@ -95,7 +106,7 @@ def in_fresh_process(name: str, folder: Path) -> Loaded:
     return Loaded(**json.loads(told), output=np.load(folder / "output.npy"))
 
 
-def ship(frames: int, formats: Sequence[str], folder: Path) -> None:
+def ship(frames: int, formats: Sequence[str], folder: Path) -> list[Shipped]:
     """Export, reload, compare, and print the table."""
     import torch
 
@@ -125,6 +136,7 @@ def ship(frames: int, formats: Sequence[str], folder: Path) -> None:
         "ONNX": lambda path: sparseattn.export.onnx(program, path, report, input_names=INPUTS),
     }
     print(f"{'format':<14}{'MiB':>7}{'make s':>9}{'load s':>9}{'run ms':>9}{'error':>10}")
+    shipped = []
     for name in formats:
         path = folder / FORMATS[name]
         start = time.perf_counter()
@@ -138,23 +150,25 @@ def ship(frames: int, formats: Sequence[str], folder: Path) -> None:
         )
         if error > _TOLERANCE[name]:
             raise SystemExit(f"{name}: the error must be at most {_TOLERANCE[name]:g}")
+        shipped.append(Shipped(name, size, made, loaded.load, loaded.run, error))
+    return shipped
 
 
-def main() -> None:
-    """Export, or be the process that loads."""
+def main(arguments: Sequence[str] | None = None) -> list[Shipped]:
+    """Export, or be the process that loads; what was shipped."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--frames", type=int, default=8, help="256 tokens each")
     parser.add_argument("--formats", nargs="+", choices=FORMATS, default=list(FORMATS))
     parser.add_argument("--child", choices=LOADERS, help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help="where to keep the files (default: nowhere)")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     if options.child:
         child(options.child, options.folder)
-        return
+        return []
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.folder or Path(temporary)
         folder.mkdir(exist_ok=True)
-        ship(options.frames, options.formats, folder)
+        return ship(options.frames, options.formats, folder)
 
 
 if __name__ == "__main__":

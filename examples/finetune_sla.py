@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -202,13 +202,13 @@ def plot_losses(students: tuple[Student, ...], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def main() -> None:
-    """Run the comparison."""
+def main(arguments: Sequence[str] | None = None) -> tuple[float, tuple[Student, ...]]:
+    """Run the comparison; the error of dense attention, and the students."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=120, help=f"of {BATCH} clips each")
     parser.add_argument("--seed", type=int, default=7)
     parser.add_argument("--out", type=Path, default=Path("finetune_out"))
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     torch.manual_seed(options.seed)
     teacher = load_model()
     dense, clip = error_of(teacher, options.seed), generate(teacher, options.seed)
@@ -225,6 +225,7 @@ def main() -> None:
     results = {one.name: {"switched": one.switched, "tuned": one.tuned, "losses": one.losses} for one in STUDENTS}
     (options.out / "results.json").write_text(json.dumps({DENSE: dense, "students": results}, indent=1))
     print(f"loss curves, contact sheet (dense, SLA before and after, sparse after) and numbers: {options.out}")
+    return dense, STUDENTS
 
 
 if __name__ == "__main__":

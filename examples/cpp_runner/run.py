@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import statistics
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -55,11 +57,30 @@ def build_runner(folder: Path) -> Path:
     return runner
 
 
-def timed(what: str, make: Callable[[], Path]) -> Path:
+class Made(NamedTuple):
+    """A file, and the seconds that making it took."""
+
+    path: Path
+    seconds: float
+
+
+class Compared(NamedTuple):
+    """The files, milliseconds of a run in C++ and Python, and of the dense model; the largest difference of outputs."""
+
+    package: Made
+    library: Made
+    runner: Made
+    cpp_ms: float
+    python_ms: float
+    dense_ms: float
+    difference: float
+
+
+def timed(what: str, make: Callable[[], Path]) -> Made:
     """What `make` returns, once it has said how long it took."""
     start = time.perf_counter()
-    made = make()
-    print(f"{what}: {time.perf_counter() - start:.1f} s, {made.stat().st_size / 1e6:.1f} MB")
+    made = Made(make(), time.perf_counter() - start)
+    print(f"{what}: {made.seconds:.1f} s, {made.path.stat().st_size / 1e6:.1f} MB")
     return made
 
 
@@ -74,12 +95,12 @@ def median_ms(call: Callable[[], object]) -> float:
 
 
 @torch.no_grad()
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> Compared:
     """Export, build, run, compare."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--out", type=Path, default=Path("cpp_out"))
     parser.add_argument("--tokens", type=int, default=4096)
-    given = parser.parse_args()
+    given = parser.parse_args(arguments)
     folder: Path = given.out.absolute()
     folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
@@ -87,23 +108,30 @@ def main() -> None:
 
     package = timed("package", lambda: export(model, x, folder))
     library = timed(
-        "op library", lambda: sparseattn.export.build_library(folder / "libsparseattn_ops.so", package=package)
+        "op library", lambda: sparseattn.export.build_library(folder / "libsparseattn_ops.so", package=package.path)
     )
     runner = timed("runner", lambda: build_runner(folder))
 
     torch.save((x,), folder / "inputs.pt")
-    command = [runner, library, package, folder / "inputs.pt", folder / "outputs.pt", str(REPEATS)]
+    files = [runner.path, library.path, package.path, folder / "inputs.pt", folder / "outputs.pt"]
+    command = [*files, str(REPEATS)]
     # As many threads as Python has, so that the times can be compared.
     threads = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
-    print(subprocess.run(command, check=True, capture_output=True, text=True, env=threads).stdout, end="")
+    told = subprocess.run(command, check=True, capture_output=True, text=True, env=threads).stdout
+    print(told, end="")
     (output,) = torch.load(folder / "outputs.pt")
 
-    in_python = torch._inductor.aoti_load_package(str(package))
-    print(f"package in Python: {median_ms(lambda: in_python(x)):.1f} ms")
-    print(f"dense model in Python: {median_ms(lambda: model(x)):.1f} ms")
+    in_python = torch._inductor.aoti_load_package(str(package.path))
+    in_cpp = float(re.search(r"runs: ([\d.]+) ms", told)[1])
     error = float((output - in_python(x)).abs().max())
+    compared = Compared(
+        package, library, runner, in_cpp, median_ms(lambda: in_python(x)), median_ms(lambda: model(x)), error
+    )
+    print(f"package in Python: {compared.python_ms:.1f} ms")
+    print(f"dense model in Python: {compared.dense_ms:.1f} ms")
     print(f"largest difference between C++ and Python: {error:.1e}")
     assert error <= 1e-5
+    return compared
 
 
 if __name__ == "__main__":

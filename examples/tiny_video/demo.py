@@ -13,7 +13,7 @@ import math
 import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -121,14 +121,14 @@ def print_times(runs: list[Run]) -> None:
 
 
 @torch.no_grad()
-def main() -> None:
-    """Run the demonstration."""
+def main(arguments: Sequence[str] | None = None) -> list[Run]:
+    """Run the demonstration; what each run took."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--frames", type=int, default=16, help=f"{TOKENS_PER_FRAME} tokens each")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--seed", type=int, default=7)
     parser.add_argument("--out", type=Path, default=Path("demo_out"))
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     caption = sample_captions(1, torch.Generator().manual_seed(options.seed), most=2)
     runs = compile_runs(options.frames, options.steps, options.seed, caption)
     for i in range(options.steps):
@@ -142,6 +142,7 @@ def main() -> None:
     sheet = options.out / "contact_sheet.png"
     contact_sheet({run.name: run.clip for run in runs}).save(sheet)
     print(f"\nframes, dense above: {sheet}")
+    return runs
 
 
 if __name__ == "__main__":

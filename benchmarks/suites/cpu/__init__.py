@@ -1,0 +1,32 @@
+"""What a CPU takes: this package's kernels beside torch's dense attention, and the errors of every rounding."""
+
+from . import (
+    block_sparse,
+    explain_full_size,
+    fused_prologue,
+    linear_branch,
+    methods,
+    onnx_models,
+    overhead,
+    quantization,
+    sage,
+    sparge_tuning,
+    training,
+)
+
+CASES = tuple(
+    module.CASE
+    for module in (
+        block_sparse,
+        training,
+        methods,
+        sage,
+        sparge_tuning,
+        onnx_models,
+        overhead,
+        quantization,
+        fused_prologue,
+        linear_branch,
+        explain_full_size,
+    )
+)
