@@ -50,8 +50,17 @@ def _block_sparse(rows: list[Row]) -> str:
 
 @view("methods")
 def methods(results: Results) -> str:
-    """Every method and density."""
-    rows = results.rows("methods")
+    """Every method and density in fp32."""
+    return _methods(results.rows("methods", dtype="fp32"))
+
+
+@view("methods.bf16")
+def methods_bf16(results: Results) -> str:
+    """Likewise in bf16."""
+    return _methods(results.rows("methods", dtype="bf16"))
+
+
+def _methods(rows: list[Row]) -> str:
     header = (
         "method",
         "density",
@@ -83,7 +92,7 @@ def methods(results: Results) -> str:
 @view("methods.mass")
 def mass(results: Results) -> str:
     """How sparse the attention of the inputs is."""
-    figures = results.row("methods", "dense").figures
+    figures = results.row("methods", "dense", dtype="fp32").figures
     held = {float(name.removeprefix("mass_of_best_")): value for name, value in figures.items() if "mass_of" in name}
     return ", ".join(f"{percent(value)} in the best {percent(part)}" for part, value in held.items())
 

@@ -9,7 +9,7 @@ from harness.bars import Group, bars
 @picture("docs/pictures/methods_cpu.svg")
 def methods(results: Results) -> str:
     """How many times as fast as dense every method is, at each density."""
-    rows = results.rows("methods")
+    rows = results.rows("methods", dtype="fp32")
     setting = rows[0].setting
     sparse = [row for row in rows if row.name != "dense"]
     densities = list(dict.fromkeys(row.setting["density"] for row in sparse))

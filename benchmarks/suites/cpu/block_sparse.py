@@ -24,11 +24,11 @@ NAME = "block_sparse"
 class Settings:
     """Sizes; of density, block, dtype and threads every combination is measured."""
 
-    seq: int = 8192
+    seq: int = 16384
     dim: int = 128
-    heads: int = 4
-    density: tuple[float, ...] = (0.25, 0.1)
-    block: tuple[int, ...] = (64, 128)
+    heads: int = 2
+    density: tuple[float, ...] = (1.0, 0.25, 0.1)
+    block: tuple[int, ...] = (64,)
     dtype: tuple[str, ...] = ("fp32", "bf16")
     threads: tuple[int, ...] = (1, 2)
     repeats: int = 5

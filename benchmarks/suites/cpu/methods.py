@@ -30,12 +30,12 @@ _WARM_UP_TOKENS = 256
 
 @dataclass(frozen=True)
 class Settings:
-    """Sizes, and the densities at which every method is measured."""
+    """Sizes, and the dtypes and densities at which every method is measured."""
 
     grid: tuple[int, ...] = (16, 32, 32)
     heads: int = 2
     dim: int = 128
-    dtype: str = "fp32"
+    dtype: tuple[str, ...] = ("fp32", "bf16")
     density: tuple[float, ...] = (0.10, 0.25)
     threads: int = 2
     repeats: int = 5
@@ -77,9 +77,15 @@ def methods(grid: tuple[int, ...], density: float) -> list[Method]:
 
 
 def run(settings: Settings) -> Iterator[Row]:
-    """A row for dense attention, then one for every method and density."""
+    """For every dtype a row for dense attention, then one for every method and density."""
+    for dtype in settings.dtype:
+        yield from measure(settings, dtype)
+
+
+def measure(settings: Settings, dtype: str) -> Iterator[Row]:
+    """The rows of one dtype."""
     inputs = video_like(settings.grid, settings.heads, settings.dim)
-    q, k, v = (x.to(DTYPES[settings.dtype]) for x in inputs)
+    q, k, v = (x.to(DTYPES[dtype]) for x in inputs)
     with threads(settings.threads):
         chosen = [(density, method) for density in settings.density for method in methods(settings.grid, density)]
         calls = {f"{method.name} {density}": _call(method, q, k, v) for density, method in chosen}
@@ -87,7 +93,7 @@ def run(settings: Settings) -> Iterator[Row]:
         times = interleaved(calls, settings.repeats)
     grid = "x".join(map(str, settings.grid))
     setting = {"grid": grid, "seq": q.shape[2], "heads": settings.heads, "dim": settings.dim}
-    setting |= {"dtype": settings.dtype, "threads": settings.threads}
+    setting |= {"dtype": dtype, "threads": settings.threads}
     flops = dense_flops(1, settings.heads, q.shape[2], settings.dim)
     memory = _added_memory if settings.memory else _nothing
     mass = {f"mass_of_best_{density:g}": mass_of_best(inputs, density) for density in settings.density}
@@ -154,4 +160,4 @@ def _product(sizes: tuple[int, ...] | list[int]) -> int:
     return sizes[0] * sizes[1] * sizes[2]
 
 
-CASE = Case(NAME, run, Settings(), Settings((4, 8, 16), 1, 32, "fp32", (0.25,), 1, 1, memory=False))
+CASE = Case(NAME, run, Settings(), Settings((4, 8, 16), 1, 32, ("bf16",), (0.25,), 1, 1, memory=False))
