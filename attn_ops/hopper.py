@@ -1,4 +1,4 @@
-"""What our Gluon kernels for Hopper need, for the providers that load them. Nothing here imports Triton."""
+"""What our kernels for Hopper need, for the providers that load them. Nothing here imports Triton."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _SCHEDULES = {
     "gluon": ("attention", "Hopper kernel, four programs on a multiprocessor"),
     "gluon_overlapped": ("overlapped_attention", "Hopper kernel, the next scores computed during a softmax"),
 }
-_SUPPORT = replace(TRITON, dtypes=(torch.float16, torch.bfloat16), causal=False)
+SUPPORT = replace(TRITON, dtypes=(torch.float16, torch.bfloat16))
 
 
 def providers(
@@ -26,21 +26,21 @@ def providers(
     load_backward: Callable[[], Kernel] | None = None,
     why_not: WhyNot = no_reasons,
 ) -> tuple[Provider, ...]:
-    """One for each schedule of the kernels.
+    """One for each schedule of the forward kernels in Gluon.
 
     Args:
         load: from the name of the function in the module, its loader.
         load_backward: the loader of the backward kernel, or None.
-        why_not: requirements beyond those of every Hopper kernel.
+        why_not: requirements beyond those of every Gluon kernel.
     """
 
     def reasons(call: AttentionCall, capability: Capability) -> list[str]:
-        return [*_why_not(call, capability), *why_not(call, capability)]
+        return [*why_not_tiles(call, capability), *why_not(call, capability)]
 
     return tuple(
         Provider(
             *(name, summary, load(function), load_backward),
-            support=replace(_SUPPORT, grad=load_backward is not None),
+            support=replace(SUPPORT, causal=False, grad=load_backward is not None),
             why_not=reasons,
             only_if_named=_UNMEASURED,
         )
@@ -48,7 +48,8 @@ def providers(
     )
 
 
-def _why_not(call: AttentionCall, capability: Capability) -> list[str]:
+def why_not_tiles(call: AttentionCall, capability: Capability) -> list[str]:
+    """The `why_not` of a kernel for sm_90 with tiles of 64 tokens."""
     block_q, block_k = call.param("block_q"), call.param("block_k")
     checks = (
         (capability.sm not in (None, 90), f"its kernel is for sm90, this is {capability}"),

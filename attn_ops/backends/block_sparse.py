@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     pass
 
 NAME, OP = "block_sparse", "block_sparse_attention"
+_FUSED_BACKWARD = (
+    "its gradient of q is another in its last bits every run, those of q and k in bf16 are off by up to 0.013 where "
+    "the softmax is nearly one-hot (triton: 0.0035), and its speed is not measured yet: chosen only where it is named"
+)
 
 
 def block_sparse_attention(
@@ -54,7 +58,8 @@ def block_sparse_attention(
         causal: of the listed keys, query i sees 0 ... i, token by token, aligned top-left.
         scale: factor on the scores; None means D ** -0.5.
         provider: "triton", "cpu", "fastvideo_kernel", "reference", or "auto": the first of these that can serve it.
-            Never chosen so: "gluon" and "gluon_overlapped", kernels for Hopper that are not measured yet.
+            Never chosen so: "gluon" and "gluon_overlapped", kernels for Hopper that are not measured yet, and
+            "triton_fused_backward", which is not deterministic.
 
     Returns:
         out: (B, Hq, Sq, D), q's dtype and stride order. A row that sees no key is 0.
@@ -151,7 +156,7 @@ def _backward(
     In half precision `out` need only be near that: a rounded one gives no exact gradient, so that providers compute
     sum(grad_out * out) from the weights.
     """
-    kernel = backward_kernel(NAME, provider, q, k, causal=causal)
+    kernel = backward_kernel(NAME, provider, q, k, causal=causal, block_q=block_q, block_k=block_k)
     grads: tuple[Tensor, Tensor, Tensor] = kernel(
         *(grad_out, grad_lse, out, lse, q, k, v, block_index, block_count, key_sizes),
         block_q=block_q,
@@ -198,6 +203,15 @@ BACKEND = BackendSpec(
         *hopper.providers(
             lambda function: later("kernels.gluon.block_sparse", function),
             later("kernels.triton.block_sparse_backward", "attention_backward"),
+        ),
+        Provider(
+            "triton_fused_backward",
+            "the forward of triton, and one backward kernel for Hopper",
+            load=later("kernels.triton.block_sparse", "attention"),
+            load_backward=later("kernels.triton.block_sparse_fused_backward", "attention_backward"),
+            support=hopper.SUPPORT,
+            why_not=hopper.why_not_tiles,
+            only_if_named=_FUSED_BACKWARD,
         ),
         Provider(
             "reference",

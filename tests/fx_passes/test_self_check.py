@@ -99,7 +99,9 @@ def test_without_the_option_nothing_is_copied_or_added(monkeypatch: pytest.Monke
 
     asked: list[fx.GraphModule] = []
     rewrite = backend.rewrite_graph
-    monkeypatch.setattr(backend, "rewrite_graph", lambda gm, **how: asked.append(gm) or rewrite(gm, **how))
+    monkeypatch.setattr(
+        backend, "rewrite_graph", lambda gm, *given, **how: asked.append(gm) or rewrite(gm, *given, **how)
+    )
     with torch.no_grad():
         torch.compile(model, backend="sparseattn", options={"policy": SPARSE, "inner_backend": "eager"})(x)
         assert len(given) == len(asked) == 1

@@ -12,6 +12,7 @@ from support.triton_aot import gpu
 from support.triton_interpreter import interpret, why_not_interpret
 from torch import Tensor
 from triton.runtime.jit import JITFunction
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 pytestmark = pytest.mark.skipif(bool(why_not_interpret()), reason=why_not_interpret())
 
@@ -45,6 +46,12 @@ def arithmetic_kernel(X, Y, Sum, Difference, Less, Root, SIZE: tl.constexpr):
 def dot_kernel(A, B, C, SIZE: tl.constexpr):
     at = tl.arange(0, SIZE)[:, None] * SIZE + tl.arange(0, SIZE)[None, :]
     tl.store(C + at, tl.dot(tl.load(A + at), tl.load(B + at)))
+
+
+@triton.jit
+def add_kernel(X, Descriptor, SIZE: tl.constexpr):
+    at = tl.arange(0, SIZE)
+    Descriptor.atomic_add([tl.program_id(0) * 8, 0], tl.load(X + at[:, None] * SIZE + at[None, :]))
 
 
 @triton.jit
@@ -112,6 +119,23 @@ def test_dot_is_exact_on_small_integers(dtype: torch.dtype) -> None:
     c = torch.empty(32, 32, dtype=torch.int32 if dtype == torch.int8 else torch.float32)
     dot_kernel[(1,)](a.to(dtype), b.to(dtype), c, 32)
     assert torch.equal(c.float(), a @ b)
+
+
+@pytest.mark.usefixtures("interpreter")
+def test_adds_to_the_rows_of_a_descriptor_that_exist() -> None:
+    x, y, beyond = torch.randn(16, 16), torch.randn(20, 16), torch.zeros(4, 16)
+    memory = torch.cat([y, beyond])
+    add_kernel[(2,)](x, TensorDescriptor.from_tensor(memory[:20], [16, 16]), 16)
+    y[:16] += x
+    y[8:] += x[:12]
+    assert torch.equal(memory, torch.cat([y, beyond]))
+
+
+@pytest.mark.usefixtures("interpreter")
+def test_adding_to_other_types_is_refused() -> None:
+    memory = TensorDescriptor.from_tensor(torch.zeros(16, 16, dtype=torch.float16), [16, 16])
+    with pytest.raises(Exception, match="adds fp32 through a descriptor"):
+        add_kernel[(1,)](torch.ones(16, 16), memory, 16)
 
 
 @pytest.mark.usefixtures("interpreter")

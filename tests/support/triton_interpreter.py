@@ -1,8 +1,9 @@
 """Triton's interpreter, mended: run kernels on CPU tensors, in any process, with the rounding that a GPU has.
 
-Stock, it needs TRITON_INTERPRET=1 at import, computes garbage in bf16, truncates casts to bf16 and rounds casts to FP8
-wrongly. `with interpret():` mends that and leaves Triton as it was, so that real compilation works afterwards.
-Reductions of bf16 and FP8 raise. Not for threads, and autotuning is not supported.
+Stock, it needs TRITON_INTERPRET=1 at import, computes garbage in bf16, truncates casts to bf16, rounds casts to FP8
+wrongly and cannot add to memory through a descriptor. `with interpret():` mends that and leaves Triton as it was, so
+that real compilation works afterwards. Reductions of bf16 and FP8 raise. Not for threads, and autotuning is not
+supported.
 """
 
 from __future__ import annotations
@@ -128,7 +129,11 @@ def _mended_numerics() -> Iterator[None]:
 
     new = {"cast_impl": cast_impl, "binary_op": binary_op, "unary_op": unary_op}
     new |= {"create_dot": _dot, "create_fp_to_fp": lambda self, source, target, rounding: _cast(source, target)}
-    with mock.patch.multiple(builder, **new), mock.patch.object(stock.ReduceOps, "apply_impl", apply_impl):
+    with (
+        mock.patch.multiple(builder, **new),
+        mock.patch.object(builder, "create_descriptor_reduce", _add_to_block, create=True),
+        mock.patch.object(stock.ReduceOps, "apply_impl", apply_impl),
+    ):
         yield
 
 
@@ -137,6 +142,16 @@ def _dot(self: Any, a: Handle, b: Handle, acc: Handle, precision: Any, imprecise
     exact = np.float32 if acc.data.dtype == np.float32 else np.float64
     product = np.matmul(_numbers(a).astype(exact), _numbers(b).astype(exact))
     return Handle((product + acc.data).astype(acc.data.dtype), acc.dtype.scalar)
+
+
+def _add_to_block(self: Any, kind: Any, descriptor: Any, value: Handle, indices: list[Handle]) -> None:
+    """What the copy engine adds to memory, of fp32: nothing beyond the end of a dimension."""
+    types = {value.dtype.scalar, descriptor.base.dtype.element_ty}
+    if kind != tl.semantic.ir.DESCRIPTOR_REDUCE_KIND.ADD or types != {tl.float32}:
+        raise NotImplementedError(f"the interpreter adds fp32 through a descriptor, got {kind} of {types}")
+    pointers, inside = descriptor.materialize_pointers(indices)
+    before = self.create_masked_load(pointers, inside, None, None, None, False)
+    self.create_masked_store(pointers, Handle(before.data + value.data, tl.float32), inside, None, None)
 
 
 def _numbers(handle: Handle) -> np.ndarray:

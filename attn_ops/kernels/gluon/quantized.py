@@ -16,6 +16,7 @@ from triton.experimental.gluon import language as gl
 
 from ..triton.block_sparse import broadcast_strides
 from ..triton.device import LOG2_E
+from ..triton.quantize import Rounded
 from ..triton.tiles import on_device
 from .block_sparse import KEYS, ROWS_OF_A_WARP, tile_rows
 from .descriptors import descriptor, readable
@@ -23,7 +24,6 @@ from .device import barriers, fetch, matrix, product_layout, store_rows, tiles
 from .schedules import REGISTERS, walk
 from .softmax import LEAST_FACTOR, finish, per_row_layout, start
 
-_ALIGNMENT = 16
 _FP8_PEAK_LOG2 = gl.constexpr(8.807354922057604)  # log2(448), the largest e4m3 number: weights fill its range
 
 
@@ -36,8 +36,8 @@ class Operands(NamedTuple):
         k: (B, Hkv, Sk, D) int8.
         k_scale: (B, Hkv, Sk) fp32, contiguous; of tokens 2n and 2n + 1, and from one block of 64 to the next the same
             for every eighth token: what every granularity of `quantize_qk` and a scale per block of keys are.
-        v: (B, Hkv, Sk, D) fp16, or e4m3 stored as (B, Hkv, D, Sk).
-        v_scale: (B, Hkv, D) fp32, contiguous, or None in FP16.
+        v: (B, Hkv, Sk, D) fp16, or (B, Hkv, D, Sk) e4m3: wgmma takes 8-bit values in no other order.
+        v_scale: (B, Hkv, 1, D) fp32, contiguous, or None in FP16.
     """
 
     q: Tensor
@@ -47,14 +47,10 @@ class Operands(NamedTuple):
     v: Tensor
     v_scale: Tensor | None
 
-
-def channels_of_tokens(v: Tensor) -> Tensor:
-    """Return v (B, H, S, D) as (B, H, D, S), each row at an aligned address.
-
-    wgmma takes 8-bit values in no other order: a kernel would have to transpose every tile in registers.
-    """
-    batch, heads, seq, dim = v.shape
-    return v.new_empty(batch, heads, dim, seq + -seq % _ALIGNMENT)[..., :seq].copy_(v.mT)
+    @staticmethod
+    def of(x: Rounded) -> Operands:
+        """Operands rounded with neither smooth_q nor smooth_v nor a scale that grows."""
+        return Operands(x.q, x.q_scale, x.k, x.k_scale, x.v if x.v_scale is None else x.v.mT, x.v_scale)
 
 
 def attend(
