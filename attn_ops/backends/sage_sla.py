@@ -203,7 +203,7 @@ BACKEND = BackendSpec(
     providers=(
         Provider(
             "triton",
-            "linear branch in PyTorch, selection and attention in Triton kernels for sm_80 and newer",
+            "Triton kernels for sm_80 and newer; the linear branch of the complement in PyTorch",
             load=_on_lists("kernels.triton.sparge"),
             support=TRITON_FORWARD,
             why_not=without_fp8,
@@ -211,9 +211,10 @@ BACKEND = BackendSpec(
         replace(spas_sage_attn.PROVIDER, load=_on_map),
         Provider(
             "cpu",
-            "blocks and linear branch in PyTorch, attention on the rounded operands in fp32",
+            "linear branch in PyTorch, the rest in C++ compiled on first use, else on rounded operands in fp32",
             load=_on_lists("kernels.cpu.sparge"),
             support=Support(grad=False, devices=("cpu",)),
+            detail=later("kernels.cpu.native.library", "integer_detail"),
         ),
         Provider(
             "reference",

@@ -215,7 +215,7 @@ BACKEND = BackendSpec(
     providers=(
         Provider(
             "triton",
-            "linear branch in PyTorch, selection and attention in Triton kernels for sm_80 and newer",
+            "Triton kernels for sm_80 and newer; the linear branch of the complement in PyTorch",
             load=_through("attention", "triton"),
             load_backward=_through("attention_backward", "triton"),
             support=TRITON,

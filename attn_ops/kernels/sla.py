@@ -1,6 +1,7 @@
 """SLA from parts: block-sparse attention to the critical blocks, plus the projected linear branch.
 
-Providers differ in who computes the block-sparse part; the choice of blocks and the linear branch are PyTorch.
+Providers differ in who computes the block-sparse part. The linear branch over all tokens is Triton on a GPU that runs
+it; over the blocks not kept, where no two blocks of queries share a state, and for its gradients it is PyTorch.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from ..blocks.by_device import runs_triton
 from ..blocks.sla_method import SlaMethod
 from ..layout import like_query
 from ..numerics.linear_attention import linear_attention, linear_attention_backward
@@ -85,9 +87,13 @@ def with_linear_branch(
     how: SlaMethod,
     critical: tuple[Tensor, Tensor],
 ) -> Tensor:
-    """The result of the sparse part plus the projected linear branch, like q; without a weight there is no branch."""
+    """The sparse part plus the projected linear branch, like q, in the former's memory or not; no weight, no branch."""
     if weight is None:
         return out
+    if how.variant == "all" and runs_triton(q.device):
+        from .triton.linear_branch import add_linear_branch
+
+        return add_linear_branch(out, q, k, v, weight, bias, feature_map=how.feature_map)
     return like_query(out + _projected(_features(q, k, v, how, critical), weight, bias), q)
 
 

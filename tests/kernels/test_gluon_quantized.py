@@ -8,6 +8,7 @@ import pytest
 import torch
 from support.block_sparse_cases import Case, inputs, lists
 from support.gluon_emulator import emulate
+from support.triton_interpreter import interpret, why_not_interpret
 from torch import Tensor
 
 from sparseattn import Capability
@@ -17,6 +18,8 @@ from sparseattn.attn_ops.call import AttentionCall
 from sparseattn.attn_ops.kernels.gluon import sage, sparge
 from sparseattn.attn_ops.reference.block_sparse import block_sparse_attention
 from sparseattn.attn_ops.reference.sage import sage_attention
+
+pytestmark = pytest.mark.skipif(bool(why_not_interpret()), reason=why_not_interpret())
 
 SCHEDULES = pytest.mark.parametrize("overlapped", [False, True], ids=["one_buffer", "overlapped"])
 PV = pytest.mark.parametrize("pv", ["fp16", "fp8"])
@@ -50,7 +53,7 @@ def check_sage(case: Case, overlapped: bool, pv: str, granularity: str = "per_th
     given = with_mean(case)
     options = {"scale": case.scale, "causal": False, "pv": pv, "granularity": granularity, "bits": bits}
     options |= {"smooth_k": True, "smooth_q": False, "smooth_v": False, "asymmetric": False}
-    with emulate():
+    with interpret(), emulate():
         out, lse = sage.attention(*given, **options, overlapped=overlapped)
     want, want_lse = sage_attention(*given, **options)
     assert (out.dtype, out.stride()) == (given[0].dtype, torch.empty_like(given[0]).stride())
@@ -78,7 +81,7 @@ def test_scales_far_apart() -> None:
     k[:, :, 3::8] *= 1000
     options = {"scale": 1e-3, "causal": False, "pv": "fp16", "granularity": "per_thread", "bits": 8}
     options |= {"smooth_k": False, "smooth_q": False, "smooth_v": False, "asymmetric": False}
-    with emulate():
+    with interpret(), emulate():
         out, _ = sage.attention(q, k, v, **options)
     assert error(out, sage_attention(q, k, v, **options)[0]) < 1e-3
 
@@ -91,7 +94,7 @@ def test_sparge(case: Case, pv: str, overlapped: bool) -> None:
     index, count = lists(dataclasses.replace(case, density=0.7), 1, case.heads[0])
     blocks = {"block_q": case.blocks[0], "block_k": case.blocks[1], "causal": False, "scale": case.scale}
     rounding = {"pv": pv, "smooth_k": True, "pv_threshold": None}
-    with emulate():
+    with interpret(), emulate():
         out, lse = sparge.attention(q, k, v, index, count, **blocks, **rounding, overlapped=overlapped)
     exact = (x.float() for x in (q, k, v))
     want, want_lse = block_sparse_attention(*exact, index.clamp(max=index.shape[-1] - 1), count, None, **blocks)

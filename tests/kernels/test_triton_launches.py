@@ -11,6 +11,7 @@ from support.triton_aot import gpu
 from support.triton_launches import (
     launch_block_sparse,
     launch_block_sparse_backward,
+    launch_linear_branch,
     launch_rounding,
     launch_sage,
     launch_sparge,
@@ -62,6 +63,10 @@ LAUNCHES: dict[str, tuple[Callable[[int], None], list[str]]] = {
         [*["grad_q_kernel"] * 4, "_mark", "_list_rows", *["grad_kv_kernel"] * 2],
     ),
     "rounding": (lambda seq: launch_rounding(BF16, 64, "fp8", False, seq=seq), ["sum_parts_kernel", "round_kernel"]),
+    "linear_branch": (
+        lambda seq: launch_linear_branch(BF16, 64, seq=seq),
+        ["_sum_states", "_fold", "_add_branch"],
+    ),
     "pool": (_pool, ["_block_mean"]),
     "select": (_select, ["_top_k", "_count_to_mass"]),
 }

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from sparseattn import Capability
 from sparseattn.attn_ops.call import AttentionCall
+from sparseattn.attn_ops.kernels import sla
 from sparseattn.attn_ops.registry import backend
 from sparseattn.attn_ops.spec import Kernel
 
@@ -57,6 +58,7 @@ def _on_an_h200(monkeypatch: pytest.MonkeyPatch) -> None:
         module = importlib.import_module(f"sparseattn.attn_ops.backends.{name}")
         monkeypatch.setattr(module, "forward_kernel", lambda *args, **given: kernel(False, *args, **given))
         monkeypatch.setattr(module, "backward_kernel", lambda *args, **given: kernel(True, *args, **given))
+    monkeypatch.setattr(sla, "runs_triton", lambda device: True)
 
 
 def tensors(name: str, dtype: torch.dtype) -> list[Tensor]:

@@ -8,6 +8,7 @@ from support.quantize_cases import summable
 from support.triton_interpreter import interpret, why_not_interpret
 
 from sparseattn.attn_ops.blocks.sla_method import SlaMethod
+from sparseattn.attn_ops.kernels import sla
 from sparseattn.attn_ops.kernels.sage_sla import on_lists
 from sparseattn.attn_ops.kernels.triton import sparge
 from sparseattn.attn_ops.reference.sage_sla import sage_sparse_linear_attention
@@ -17,7 +18,8 @@ pytestmark = pytest.mark.skipif(bool(why_not_interpret()), reason=why_not_interp
 
 @pytest.mark.parametrize("pv", ["fp16", "fp8"])
 @pytest.mark.parametrize("variant", ["all", "complement"])
-def test_it_is_the_definition(pv: str, variant: str) -> None:
+def test_it_is_the_definition(monkeypatch: pytest.MonkeyPatch, pv: str, variant: str) -> None:
+    monkeypatch.setattr(sla, "runs_triton", lambda device: True)
     q, k, v = (summable(torch.randn(1, heads, 150, 32)).half() for heads in (4, 2, 2))
     weight, bias = torch.randn(32, 32) / 6, torch.randn(32)
     how = SlaMethod(0.4, variant, "softmax", 64, 32, False, None)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from sparseattn.attn_ops.kernels.triton import block_sparse, block_sparse_backward, sage, sparge
+from sparseattn.attn_ops.kernels.triton.linear_branch import add_linear_branch
 from sparseattn.attn_ops.kernels.triton.quantize import Rounding, round_operands
 from sparseattn.attn_ops.numerics.quantize import GROUPS
 
@@ -94,3 +95,10 @@ def launch_rounding(dtype: torch.dtype, head_dim: int, pv: str, smooth: bool, he
     q, k = torch.randn(1, heads, seq, head_dim, dtype=dtype), torch.randn(1, 2, seq, head_dim, dtype=dtype)
     options: dict[str, Any] = {"smooth_q": smooth, "smooth_v": smooth}
     round_operands(q, k, torch.randn_like(k), Rounding(*GROUPS["per_thread"], pv, **options))
+
+
+def launch_linear_branch(dtype: torch.dtype, head_dim: int, heads: int = 4, seq: int = 256) -> None:
+    """SLA's linear branch, with a bias."""
+    q, k, v = qkv(dtype, head_dim, seq, seq, heads)
+    weight, bias = torch.zeros(head_dim, head_dim), torch.zeros(head_dim)
+    add_linear_branch(torch.empty_like(q), q, k, v, weight, bias, feature_map="softmax")

@@ -25,6 +25,7 @@ from support.triton_aot import ARCHS, CompiledKernel, gpu
 from support.triton_launches import (
     launch_block_sparse,
     launch_block_sparse_backward,
+    launch_linear_branch,
     launch_rounding,
     launch_sage,
     launch_sparge,
@@ -46,6 +47,7 @@ def _cases() -> dict[str, tuple[int, Launch]]:
             "block_sparse": functools.partial(launch_block_sparse, BF16, dim, 64, False),
             "block_sparse causal": functools.partial(launch_block_sparse, BF16, dim, 64, True),
             "block_sparse_backward causal": functools.partial(launch_block_sparse_backward, BF16, dim, (64, 64), True),
+            "linear_branch": functools.partial(launch_linear_branch, BF16, dim),
             "quantize": functools.partial(launch_rounding, BF16, dim, pvs[-1], False),
         }
         for pv in pvs:

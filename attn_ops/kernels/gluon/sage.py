@@ -1,16 +1,16 @@
-"""SageAttention for Hopper (sm_90): quantization as defined in `numerics`, then the kernel of `quantized`."""
+"""SageAttention for Hopper (sm_90): q, k and v rounded by `triton.quantize`, then the kernel of `quantized`."""
 
 from __future__ import annotations
 
 import functools
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ...layout import empty_result
-from ...numerics.quantize import mean_scores, quantize_qk, quantize_v_fp8
-from .quantized import Operands, attend, channels_of_tokens
+from ...numerics.quantize import GROUPS, LARGEST, mean_scores
+from ..triton.quantize import Rounding, round_operands
+from .quantized import Operands, attend
 
 _BLOCK_Q = 128
 
@@ -23,9 +23,13 @@ def attention(
     causal: bool,  # noqa: ARG001  (its why_not refuses it)
     scale: float,
     pv: str,
-    smooth_v: bool,  # noqa: ARG001  (likewise)
+    granularity: str,
+    smooth_k: bool,
+    bits: int = 8,
+    smooth_q: bool = False,  # noqa: ARG001  (likewise)
+    smooth_v: bool = False,  # noqa: ARG001
+    asymmetric: bool = False,  # noqa: ARG001
     overlapped: bool = False,
-    **qk_options: Any,
 ) -> tuple[Tensor, Tensor]:
     """Quantized attention of every query to every key.
 
@@ -36,9 +40,11 @@ def attention(
         causal: False.
         scale: factor on the scores.
         pv: "fp16": weights and v in FP16; "fp8": in e4m3, v with a scale per channel.
-        smooth_v: False.
+        granularity: rows that share a scale, as in `quantize_qk`.
+        smooth_k: round k without its mean over tokens.
+        bits: 8 or 4.
+        smooth_q, smooth_v, asymmetric: False.
         overlapped: see `schedules`.
-        qk_options: those of `quantize_qk`, without smooth_q and asymmetric.
 
     Returns:
         out: like q.
@@ -48,16 +54,9 @@ def attention(
         return empty_result(q)
     if scale < 0:
         q, scale = -q, -scale
-    qk = quantize_qk(q, k, **qk_options)
-    values = (v.to(torch.float16), None) if pv == "fp16" else _fp8(v)
-    given = Operands(qk.q, qk.q_scale, qk.k, qk.k_scale, *values)
-    out, lse = attend(given, torch.empty_like(q), None, block_q=_BLOCK_Q, scale=scale, overlapped=overlapped)
-    return out, lse if qk.k_mean is None else lse + mean_scores(q, qk.k_mean, scale)
+    x = round_operands(q, k, v, Rounding(*GROUPS[granularity], pv, LARGEST[bits], smooth_k=smooth_k))
+    out, lse = attend(Operands.of(x), torch.empty_like(q), None, block_q=_BLOCK_Q, scale=scale, overlapped=overlapped)
+    return out, lse if x.k_mean is None else lse + mean_scores(q, x.k_mean, scale)
 
 
 overlapped_attention = functools.partial(attention, overlapped=True)
-
-
-def _fp8(v: Tensor) -> tuple[Tensor, Tensor]:
-    v, scale = quantize_v_fp8(v)
-    return channels_of_tokens(v), scale

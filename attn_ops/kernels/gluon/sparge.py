@@ -1,4 +1,4 @@
-"""SpargeAttention for Hopper (sm_90): rounding as defined in `numerics`, then the kernel of `quantized` over lists."""
+"""SpargeAttention for Hopper (sm_90): operands rounded by `triton.quantize`, the kernel of `quantized` over lists."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from ...layout import empty_result
-from ...numerics.block_rounding import round_qk, round_v_fp8
-from ...numerics.quantize import mean_scores
-from .quantized import Operands, attend, channels_of_tokens
+from ...numerics.quantize import Groups, mean_scores
+from ..triton.quantize import Rounding, round_operands
+from .quantized import Operands, attend
 
 
 def attention(
@@ -25,7 +25,7 @@ def attention(
     pv: str,
     smooth_k: bool,
     pv_threshold: Tensor | None,  # noqa: ARG001  (its why_not refuses it)
-    causal: bool,
+    causal: bool,  # noqa: ARG001  (likewise)
     scale: float,
     overlapped: bool = False,
 ) -> tuple[Tensor, Tensor]:
@@ -40,7 +40,7 @@ def attention(
         block_q: tokens of a block of queries, a multiple of 64.
         block_k: tokens of a block of keys, 64.
         pv: "fp16": weights and v in FP16; "fp8": in e4m3, v with a scale per channel.
-        smooth_k: subtract k's mean before quantization, as `round_qk` does.
+        smooth_k: subtract k's mean before it is rounded, as `round_qk` does.
         pv_threshold: None.
         causal: False.
         scale: factor on the scores.
@@ -56,17 +56,10 @@ def attention(
         q, scale = -q, -scale
     if block_index.stride(-1) != 1:
         block_index = block_index.contiguous()
-    qk = round_qk(q, k, block_q=block_q, block_k=block_k, smooth_k=smooth_k, causal=causal)
-    values = (v.to(torch.float16), None) if pv == "fp16" else _fp8(v, block_k)
-    given = Operands(qk.q, qk.q_scale, qk.k, qk.k_scale, *values)
+    x = round_operands(q, k, v, Rounding(Groups(block_q), Groups(block_k), pv, smooth_k=smooth_k))
     lists = block_index, block_count
-    out, lse = attend(given, torch.empty_like(q), lists, block_q=block_q, scale=scale, overlapped=overlapped)
-    return out, lse if qk.k_mean is None else lse + mean_scores(q, qk.k_mean, scale)
+    out, lse = attend(Operands.of(x), torch.empty_like(q), lists, block_q=block_q, scale=scale, overlapped=overlapped)
+    return out, lse if x.k_mean is None else lse + mean_scores(q, x.k_mean, scale)
 
 
 overlapped_attention = functools.partial(attention, overlapped=True)
-
-
-def _fp8(v: Tensor, block_k: int) -> tuple[Tensor, Tensor]:
-    v, scale = round_v_fp8(v, block_k=block_k, causal=False)
-    return channels_of_tokens(v), scale[:, :, 0].contiguous()

@@ -15,7 +15,7 @@ from torch import Tensor
 _LEAST_TILE = 16
 _LEAST_FP8_KEYS = 32
 _LARGE_SHARED_MEMORY = (90, 100, 103)
-_TENSOR_MEMORY = (100, 103)
+TENSOR_MEMORY = (100, 103)
 _FAST_FP64 = (80, 90)
 
 
@@ -71,7 +71,7 @@ def block_sparse_grad_kv_tile(arch: int, itemsize: int, dim: int, block_q: int, 
     elif dim == 128 and not large:
         tile = Tile(64, 64, 8, 2)
     else:
-        rows = 32 if dim == 128 or arch in _TENSOR_MEMORY else 64
+        rows = 32 if dim == 128 or arch in TENSOR_MEMORY else 64
         tile = Tile(rows, 128, 8, 2) if block_k % 128 == 0 else Tile(rows, 64, 4, 2)
     return tile._replace(rows=_tile_within(block_q, tile.rows), keys=_tile_within(block_k, tile.keys))
 
@@ -86,7 +86,7 @@ def sparge_tile(arch: int, dim: int, block_q: int, block_k: int, growing_scale: 
 
     A scale of V that grows takes registers, where the accumulator is not in them anyway.
     """
-    keys = 32 if dim > 128 or (dim == 128 and growing_scale and arch in _TENSOR_MEMORY) else 64
+    keys = 32 if dim > 128 or (dim == 128 and growing_scale and arch in TENSOR_MEMORY) else 64
     tile = sage_tile(dim)
     rows, keys = _tile_within(block_q, tile.rows), max(_LEAST_FP8_KEYS, _tile_within(block_k, keys))
     return Tile(rows, keys, 8 if rows >= 128 or dim > 128 else 4, tile.stages)
