@@ -20,6 +20,7 @@ from ..attn_ops.errors import SparseAttnError
 from ..lowering.precedence import effective_policy
 from .normalize.graph import value_of
 from .notes import measured_elsewhere, unmatched_rules
+from .parallel.price import price
 from .report import Report
 from .rewrite import rewrite_graph
 from .step_values import StepValues, with_room
@@ -31,6 +32,7 @@ def explain(
     policy: Any = None,
     capability: str | Capability | None = None,
     dynamic: bool | None = None,
+    mesh: Sequence[int] | None = None,
     **kwargs: Any,
 ) -> Report:
     """Decide every attention site of a model without running it.
@@ -41,6 +43,7 @@ def explain(
         policy: a preset name, a path, a dict or a Policy; None as in torch.compile ("auto" if nothing else is set).
         capability: the machine to decide for, "sm90" or a Capability; None means this one.
         dynamic: as in torch.compile.
+        mesh: also predict what attention costs on so many GPUs, that need not be here: (ranks,) or (ring, ulysses).
         kwargs: its keyword inputs.
 
     Returns:
@@ -48,7 +51,8 @@ def explain(
         in the model, and whether the policy was measured on another one.
 
     Raises:
-        PolicyError: if the policy is not valid.
+        PolicyError: if the policy or the mesh is not valid, or nothing is known of the links of such machines.
+        ParallelError: if the ranks of the mesh cannot share a site.
         RequirementError: if a rule with mode="require" cannot be met.
     """
     chosen = effective_policy(policy)
@@ -73,7 +77,8 @@ def explain(
     if chosen is None or not reports:
         return Report(policy="disabled")
     report = sum(reports[1:], reports[0])
-    return replace(report, notes=(*unmatched_rules(chosen, report.rows), *measured_elsewhere(chosen, model)))
+    report = replace(report, notes=(*unmatched_rules(chosen, report.rows), *measured_elsewhere(chosen, model)))
+    return report if mesh is None else price(report, mesh, machine or Capability.current())
 
 
 def traced_afresh(

@@ -13,6 +13,7 @@ from typing import Any
 
 from ..attn_ops.call import AttentionCall, dtype_name
 from ..attn_ops.schedule import Schedule
+from ..lowering.communication_model import ParallelCost
 from ..lowering.decision import Decision
 from .hoist_tiling import Hoisted
 from .parallel.communication import COLUMNS as COMMUNICATION_COLUMNS
@@ -23,6 +24,7 @@ from .site_check import SiteCheck
 from .table import aligned
 
 _COLUMNS = ("#", "layer", "kind", "B,H,S,D", "dtype", "chosen", "provider", "params", "rule", "why")
+_PRICE_COLUMNS = ("attention ms", "waiting ms")
 _LISTED = 6
 DENSE = "sdpa"
 """How a site that stays as it was is shown."""
@@ -38,6 +40,7 @@ class Row:
     decision: Decision
     check: SiteCheck | None = None
     communication: Communication | None = None
+    cost: ParallelCost | None = None
 
     @property
     def name(self) -> str:
@@ -77,11 +80,17 @@ class Row:
         decision = {**asdict(self.decision), "params": params}
         check = {"check": self.check.to_dict()} if self.check else {}
         sent = {"communication": asdict(self.communication)} if self.communication else {}
-        return {"module": self.module, "source": self.source, "call": call, "decision": decision, **check, **sent}
+        cost = {"cost": asdict(self.cost)} if self.cost else {}
+        site = {"module": self.module, "source": self.source, "call": call, "decision": decision}
+        return {**site, **check, **sent, **cost}
 
 
 def _communication_cells(row: Row) -> tuple[str, ...]:
     return row.communication.cells() if row.communication else ("",) * len(COMMUNICATION_COLUMNS)
+
+
+def _price_cells(row: Row) -> tuple[str, ...]:
+    return (f"{1e3 * row.cost.attention:.3g}", f"{1e3 * row.cost.waiting:.3g}") if row.cost else ("", "")
 
 
 def _check_cells(row: Row) -> tuple[str, ...]:
@@ -161,9 +170,13 @@ class Report:
         return "\n".join([title, *table, self.summary(), *sent, *notes, *self._why_not()])
 
     def _table(self) -> list[tuple[str, ...]]:
-        """Heading and rows; with columns of communication and self-check, before the last, only where there is any."""
+        """Heading and rows; communication, its price and self-check, before the last, only where there is any."""
         table = [_COLUMNS, *((str(i), *row.cells()) for i, row in enumerate(self.rows))]
-        for names, cells in ((COMMUNICATION_COLUMNS, _communication_cells), (CHECK_COLUMNS, _check_cells)):
+        for names, cells in (
+            (COMMUNICATION_COLUMNS, _communication_cells),
+            (_PRICE_COLUMNS, _price_cells),
+            (CHECK_COLUMNS, _check_cells),
+        ):
             given = [cells(row) for row in self.rows]
             if any(map(any, given)):
                 added = [names, *given]

@@ -25,7 +25,9 @@ from .hoist_tiling import Hoisted, hoist_tiling
 from .layouts import Grids
 from .normalize import PASSES, opaque_sites
 from .notes import unmatched_rules, unshared
+from .parallel.communication import Communication
 from .parallel.exchange import Exchange, Exchanges, Stay
+from .parallel.ring_exchange import RingExchange
 from .parallel.tokens import Shards
 from .place_op import place_op
 from .probes import Probes
@@ -121,12 +123,15 @@ class _Rewriter:
             asked = exchange.whole
             decision = self._decide(asked)
             handed = {} if decision.backend is None else attached.of(site, decision.backend)
-            communication = exchange.communication(handed)
-            site, handed = exchange.insert(handed)
-            if not decision.is_dense:
-                decision = self._place(site, exchange.of_rank(decision), handed)
-            elif not isinstance(exchange, Exchange):
-                dense.add(site.node)
+            if isinstance(exchange, RingExchange):
+                communication: Communication | None = exchange.place(decision)
+            else:
+                communication = exchange.communication(handed)
+                site, handed = exchange.insert(handed)
+                if not decision.is_dense:
+                    decision = self._place(site, exchange.of_rank(decision), handed)
+                elif not isinstance(exchange, Exchange):
+                    dense.add(site.node)
             rows.append(Row(asked.module, asked.source, asked.call, decision, communication=communication))
         for site_node, record in records.items():
             if site_node in dense:

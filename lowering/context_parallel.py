@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, get_args
 
-from ..attn_ops.errors import ParallelError, PolicyError
+from ..attn_ops.errors import PolicyError
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -23,14 +23,14 @@ class ContextParallel:
 
     Args:
         mesh: a one-dimensional DeviceMesh; of a larger one take the dimension, `mesh["cp"]`.
-        method: "ulysses" splits attention by heads; "auto" chooses.
+        method: "ulysses" splits attention by heads; "ring" passes keys and values from rank to rank, for exact
+            attention; "auto" is "ulysses", and "ring" where there are fewer heads than ranks.
         tokens: tokens of the whole sequence, without text; None where the graph shows them.
         text_tokens: with `tokens`, tokens of text that every rank holds in the same sequence.
         text_first: with `tokens`, the text comes before the shard.
 
     Raises:
         PolicyError: on a wrong type or size.
-        ParallelError: for a method that is not there.
     """
 
     mesh: DeviceMesh
@@ -50,8 +50,6 @@ class ContextParallel:
         if self.method not in get_args(Method):
             names = ", ".join(get_args(Method))
             raise PolicyError(f"parallel: method must be one of {names}, got {self.method!r}.")
-        if self.method == "ring":
-            raise ParallelError('parallel: method "ring" is not there yet. Use "ulysses".')
         if self.tokens is not None and (type(self.tokens) is not int or self.tokens < 1):
             raise PolicyError(f"parallel: tokens must be an int of at least 1, got {self.tokens!r}.")
         if type(self.text_tokens) is not int or self.text_tokens < 0:

@@ -66,6 +66,15 @@ def predicted_seconds(call: AttentionCall, backend: str | None, kept: float, mac
     return 4 * scores * call.head_dim / (rate * 1e12) + moved / (rates.memory * 1e9) + kernels * _LAUNCH
 
 
+def memory_rate(machine: Capability) -> float:
+    """Bytes per second of a GPU's memory.
+
+    Raises:
+        PolicyError: if nothing is known of the machine.
+    """
+    return _rates(machine).memory * 1e9
+
+
 def _rates(machine: Capability) -> _Rates:
     if machine.sm not in _RATES:
         known = ", ".join(f"sm{sm}" for sm in _RATES)

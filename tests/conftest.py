@@ -9,6 +9,7 @@ import torch
 def pytest_addoption(parser: pytest.Parser) -> None:
     what = "random calls of the native CPU kernel under the sanitizers (default: 60)"
     parser.addoption("--sanitized-calls", type=int, default=60, metavar="N", help=what)
+    parser.addoption("--all-sharded-models", action="store_true", help="context parallelism of every video model")
 
 
 @pytest.fixture(autouse=True)

@@ -1,6 +1,17 @@
 """Tables, pictures and figures of README and docs, each a function of the newest rows."""
 
-from . import accuracy, cpu, examples, gpu, pictures
+from . import accuracy, cpu, examples, gpu, pictures, simulation
 from .registry import PICTURES, VIEWS, NotMeasuredError, Results
 
-__all__ = ["PICTURES", "VIEWS", "NotMeasuredError", "Results", "accuracy", "cpu", "examples", "gpu", "pictures"]
+__all__ = [
+    "PICTURES",
+    "VIEWS",
+    "NotMeasuredError",
+    "Results",
+    "accuracy",
+    "cpu",
+    "examples",
+    "gpu",
+    "pictures",
+    "simulation",
+]

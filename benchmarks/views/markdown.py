@@ -10,10 +10,14 @@ UNKNOWN = "-"
 
 
 def table(header: Sequence[str], lines: Iterable[Sequence[str]], rows: Sequence[Row], words: int = 1) -> str:
-    """A table whose first columns are words and whose others are figures, and below it what was measured on what."""
+    """A table with what was measured on what below it."""
+    return f"{grid(header, lines, words)}\n\n{circumstances(rows)}"
+
+
+def grid(header: Sequence[str], lines: Iterable[Sequence[str]], words: int = 1) -> str:
+    """A table whose first columns are words and whose others are figures."""
     ruler = ["---"] * words + ["---:"] * (len(header) - words)
-    text = "\n".join("| " + " | ".join(cells) + " |" for cells in (header, ruler, *lines))
-    return f"{text}\n\n{circumstances(rows)}"
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, ruler, *lines))
 
 
 def circumstances(rows: Sequence[Row]) -> str:

@@ -27,7 +27,10 @@ from ..normalize.graph import argument, value_of
 from ..sites import CallSite
 from .communication import NO_SHARDS, Communication
 from .inline import inline
+from .laid_out import laid_out
 from .masks import mask_of, with_mask
+from .ring import Ring
+from .ring_exchange import RingExchange
 from .tokens import Shards, tokens_text
 from .ulysses import Piece, Ulysses, payload
 
@@ -44,7 +47,7 @@ class Exchanges:
     asked: ContextParallel
     shards: Shards
 
-    def at(self, site: CallSite) -> Exchange | Stay:
+    def at(self, site: CallSite) -> Exchange | RingExchange | Stay:
         """The exchange that a site needs.
 
         Raises:
@@ -67,8 +70,19 @@ class Exchanges:
                 f"{tokens_text(k)} and {tokens_text(v)} tokens. Leave keys and values whole where they come from text."
             )
         _refuse_unreadable(site, name)
+        mask = mask_of(site, name)
+        if why := self._why_ring(site):
+            ring = Ring(q, site.call.causal, self.asked.ranks, self.asked.rank, self.asked.group)
+            return RingExchange(site, ring, mask, self.shards, why, name)
         split = HeadSplit.of(site.call.heads, site.call.kv_heads, self.asked.ranks)
-        return Exchange(site, Ulysses(q, split, self.asked.rank, self.asked.group), mask_of(site, name), self.shards)
+        return Exchange(site, Ulysses(q, split, self.asked.rank, self.asked.group), mask, self.shards)
+
+    def _why_ring(self, site: CallSite) -> str:
+        """Why a ring, and not Ulysses; "" where it is not one."""
+        if self.asked.method == "ring":
+            return "asked for"
+        heads, ranks = site.call.heads, self.asked.ranks
+        return f"{heads} heads are too few for {ranks} ranks" if self.asked.method == "auto" and heads < ranks else ""
 
     def refuse_hidden(self, graph: fx.Graph) -> None:
         """Raise if a graph whose sites are exchanged has attention over shards that is no site.
@@ -188,7 +202,7 @@ class Exchange:
             "enable_gqa": self.ulysses.heads.own != self.ulysses.heads.own_kv,
         }
         node.meta = {**node.meta, _key_of(node): _result(value_of(q), value_of(v), traced)}
-        (out,) = inline(node.next, lambda out: [_laid_out(self.ulysses.to_tokens(out), traced)], [node], like=node)
+        (out,) = inline(node.next, lambda out: [laid_out(self.ulysses.to_tokens(out), traced)], [node], like=node)
         for user in users:
             user.replace_input_with(node, out)
         self.shards.know(node, self.shards.dims(q))
@@ -245,13 +259,6 @@ def _result(q: Tensor, v: Tensor, traced: Tensor) -> Tensor:
     with traced.fake_mode, torch.set_grad_enabled(traced.requires_grad):  # type: ignore[attr-defined]
         values = q if q.shape[3] == v.shape[3] else q.new_empty((*q.shape[:3], v.shape[3]))
         return torch.empty_like(values, dtype=traced.dtype, requires_grad=traced.requires_grad)
-
-
-def _laid_out(out: Tensor, traced: Tensor) -> Tensor:
-    """`out` in the memory order the graph was traced with: a `view` that was legal stays so."""
-    strides = [int(stride) for stride in traced.stride()]
-    order = sorted(range(out.dim()), key=lambda dim: -strides[dim])
-    return out.permute(order).contiguous().permute([order.index(dim) for dim in range(out.dim())])
 
 
 def _key_of(node: fx.Node) -> str:

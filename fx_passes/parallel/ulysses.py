@@ -10,12 +10,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
 from ...lowering.head_split import HeadSplit
+
+if TYPE_CHECKING:
+    from torch.distributed.distributed_c10d import GroupName
 
 _TOKENS = 2  # dimension of the tokens in (B, H, S, D)
 
@@ -146,10 +150,9 @@ class Ulysses:
     def _all_to_all(self, sent: Tensor) -> Tensor:
         """Row r goes to rank r; row r of the result came from there."""
         from torch.distributed._functional_collectives import all_to_all_single_autograd
-        from torch.distributed.distributed_c10d import GroupName
 
         each = [1] * self.ranks
-        received: Tensor = all_to_all_single_autograd(sent.contiguous(), each, each, GroupName(self.group))
+        received: Tensor = all_to_all_single_autograd(sent.contiguous(), each, each, cast("GroupName", self.group))
         return received
 
 

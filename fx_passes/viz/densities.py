@@ -3,27 +3,23 @@
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any, cast
 
-from ...attn_ops.blocks.sliding_tiles import window_index
 from ...attn_ops.call import Kind, ParamValue
 from ...attn_ops.errors import PolicyError
-from ...attn_ops.param import numbers
 from ...attn_ops.registry import backend
 from ...attn_ops.schedule import Schedule
 from ...attn_ops.step_range import Step, StepRange
-from ...attn_ops.video_layout import VideoLayout
 from ...lowering.policy import Policy, Rule
 from ...lowering.rule_checks import DENSE
+from ..asked_density import asked_density
 from ..report import Report
 from .layer_grid import Heads, LayerGrid
 
 _ALL: Heads = (1.0,)
-_UNKNOWN: Heads = (math.nan,)
 
 
 @dataclass(frozen=True)
@@ -92,32 +88,11 @@ def _density(policy: Policy, layer: _Layer, step: Step | None) -> Heads:
     if rule is None or rule.use[0] == DENSE or backend(rule.use[0]).kind != "sparse":
         return _ALL
     params = {name: _at(value, step, name) for name, value in backend(rule.use[0]).complete(rule.params)}
-    if "window" in params:
-        return _of_windows(params, rule.layout)
-    if params.get("mass") is not None or max(numbers(params.get("similarity", -1.0))) > 0:
-        return _UNKNOWN  # the data decides
-    if "keep_ratio" in params:
-        return cast(Heads, numbers(params["keep_ratio"]))
-    if "sparsity" in params:
-        return tuple(1.0 - share for share in numbers(params["sparsity"]))
-    return _UNKNOWN
+    return asked_density(params, rule.layout)
 
 
 def _at(value: ParamValue, step: Step | None, name: str) -> ParamValue:
     return value.at(step, name) if isinstance(value, Schedule) else value
-
-
-def _of_windows(params: dict[str, ParamValue], layout: VideoLayout | None) -> Heads:
-    """Those of sliding tiles, three numbers for each head or for all; they are shares of a video that must be known."""
-    if layout is None:
-        return _UNKNOWN
-    window, tile = (tuple(map(int, numbers(params[name]))) for name in ("window", "tile"))
-    return tuple(_window_density(layout, tile, window[at : at + 3]) for at in range(0, len(window), 3))
-
-
-@functools.lru_cache(maxsize=1024)
-def _window_density(layout: VideoLayout, tile: tuple[int, ...], window: tuple[int, ...]) -> float:
-    return window_index(layout, tile, window).density
 
 
 def _total_steps(policy: Policy, given: int | None) -> int | None:

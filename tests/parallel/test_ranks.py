@@ -11,6 +11,8 @@ from support.ranks import run
 CLOSE = 1e-5
 """Largest difference of an entry to the model on one rank, fp32."""
 
+MORE = {"cogvideox", "hunyuan_video", "ltx"}
+
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="the ranks are forked")
 
 
@@ -23,20 +25,36 @@ def _close(rank: dict[str, float]) -> bool:
     return all(distance <= CLOSE for distance in rank.values())
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
-def test_every_method_gives_what_it_gives_on_one_rank(ranks: int) -> None:
-    found = run("support.sharded_cases", ranks, "OPS")
+def test_every_method_gives_what_it_gives_on_one_rank() -> None:
+    found = run("support.sharded_cases", 3, "OPS")
     assert len(found) == 2
-    assert all(len(of) == ranks for of in found.values())
+    assert all(len(of) == 3 for of in found.values())
+    assert not _far(found)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_other_numbers_of_ranks(ranks: int) -> None:
+    found = run("support.sharded_cases", ranks, "FEW")
+    assert len(found["a few"]) == ranks
     assert not _far(found)
 
 
 @pytest.mark.models
-@pytest.mark.parametrize("ranks", [3])
-def test_unmodified_models_give_what_they_give_on_one_rank(ranks: int) -> None:
-    found = run("support.sharded_cases", ranks, "MODELS")
-    assert set(found) == {"cogvideox", "hunyuan_video", "llama", "ltx", "wan"}
-    assert all(len(of) == ranks for of in found.values())
+@pytest.mark.parametrize(("cases", "names"), [("MODELS", {"llama", "wan"}), ("MORE_MODELS", MORE)])
+def test_unmodified_models_give_what_they_give_on_one_rank(
+    cases: str, names: set[str], pytestconfig: pytest.Config
+) -> None:
+    if cases == "MORE_MODELS" and not pytestconfig.getoption("--all-sharded-models"):
+        pytest.skip("a minute of two cores: pass --all-sharded-models")
+    found = run("support.sharded_cases", 3, cases)
+    assert set(found) == names
+    assert all(len(of) == 3 for of in found.values())
+    assert not _far(found)
+
+
+def test_rings_give_what_one_rank_gives() -> None:
+    found = run("support.sharded_rings", 3, "RINGS")
+    assert all(len(of) == 3 for of in found.values())
     assert not _far(found)
 
 
@@ -46,7 +64,7 @@ def two() -> dict[str, list[Any]]:
     return run("support.sharded_runs", 2, "RUNS")
 
 
-@pytest.mark.parametrize("case", ["causal", "inductor", "regions"])
+@pytest.mark.parametrize("case", ["causal", "inductor", "regions", "ring_inductor"])
 def test_shards_in_other_circumstances(two: dict[str, list[Any]], case: str) -> None:
     assert len(two[case]) == 2
     assert not _far({case: two[case]})
@@ -65,6 +83,12 @@ def test_the_report_has_the_bytes_that_are_sent(two: dict[str, list[Any]]) -> No
     for rank in two["counted"]:
         assert rank["reported"] == rank["sent"] > 0
         assert rank["collectives"] == rank["calls"] == 2 * 2
+
+
+def test_a_ring_passes_on_as_often_as_there_are_other_ranks(two: dict[str, list[Any]]) -> None:
+    for rank in two["ring_counted"]:
+        assert rank["reported"] == rank["sent"] > 0
+        assert rank["collectives"] == rank["calls"] == 2 * 1
 
 
 def test_other_shapes_are_told_to_all_ranks(two: dict[str, list[Any]]) -> None:

@@ -66,9 +66,10 @@ def compare(whole: Any, parts: Any, inputs: tuple[Any, ...], ranks: int, *, grad
     return {**far, "grad": distance(list(found.values()), list(wanted.values()))} if grad else far
 
 
-def ops(rank: int, ranks: int, *, kv_heads: int, grad: bool) -> dict[str, float]:
-    """Every method with a gradient, or without one, at 4 heads."""
+def ops(rank: int, ranks: int, *, kv_heads: int, grad: bool, names: tuple[str, ...] | None = None) -> dict[str, float]:
+    """Every method with a gradient, or without one, or those of some names, at 4 heads."""
     methods = sharded_ops.GRADED if grad else sharded_ops.UNGRADED
+    methods = {name: params for name, params in methods.items() if names is None or name in names}
     mesh, policy = mesh_of(ranks), sharded_ops.policy(methods)
     models = []
     for on in (None, mesh):
@@ -108,4 +109,6 @@ OPS = {
     "with gradients, 2 kv heads": partial(ops, kv_heads=2, grad=True),
     "without": partial(ops, kv_heads=4, grad=False),
 }
-MODELS = {name: partial(model, name) for name in sharded_models.MODELS}
+FEW = {"a few": partial(ops, kv_heads=2, grad=True, names=("flash", "vsa"))}
+MODELS = {name: partial(model, name) for name in ("llama", "wan")}
+MORE_MODELS = {name: partial(model, name) for name in sharded_models.MODELS if name not in MODELS}

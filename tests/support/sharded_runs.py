@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import torch
@@ -47,7 +48,7 @@ def regions(rank: int, ranks: int) -> dict[str, float]:
     """Attention inside checkpoints, with gradients."""
     mesh = mesh_of(ranks)
     whole, parts = Shared(None), Shared(mesh, regions=True)
-    parts.compile(backend="sparseattn", fullgraph=True, options=_options(mesh))
+    parts.compile(backend="sparseattn", fullgraph=True, options=options_of(mesh))
     return compare(whole, parts, (_x(),), ranks, grad=True)
 
 
@@ -55,15 +56,16 @@ def causal(rank: int, ranks: int) -> dict[str, float]:
     """The flag is_causal is over the whole sequence."""
     mesh = mesh_of(ranks)
     whole, parts = Shared(None, is_causal=True), Shared(mesh, is_causal=True)
-    parts.compile(backend="sparseattn", fullgraph=True, options=_options(mesh))
+    parts.compile(backend="sparseattn", fullgraph=True, options=options_of(mesh))
     return compare(whole, parts, (_x(),), ranks, grad=True)
 
 
-def inductor(rank: int, ranks: int) -> dict[str, float]:
-    """The same by Inductor."""
-    mesh = mesh_of(ranks)
-    whole, parts = Shared(None), Shared(mesh)
-    parts.compile(backend="sparseattn", fullgraph=True, options={**_options(mesh), "inner_backend": "inductor"})
+def inductor(rank: int, ranks: int, *, method: str = "ulysses") -> dict[str, float]:
+    """The same by Inductor; causal on a ring, where ranks have different graphs."""
+    mesh, is_causal = mesh_of(ranks), method == "ring"
+    whole, parts = Shared(None, is_causal=is_causal), Shared(mesh, is_causal=is_causal)
+    options = {**options_of(mesh, method), "inner_backend": "inductor"}
+    parts.compile(backend="sparseattn", fullgraph=True, options=options)
     return compare(whole, parts, (_x(),), ranks, grad=True)
 
 
@@ -72,7 +74,7 @@ def given_shards(rank: int, ranks: int) -> float:
     mesh, x = mesh_of(ranks), _x()
     model = Shared(None)
     expected = model(x)[0]
-    options = {**_options(mesh), "parallel": parallel.ContextParallel(mesh, tokens=x.shape[1])}
+    options = {**options_of(mesh), "parallel": parallel.ContextParallel(mesh, tokens=x.shape[1])}
     model.compile(backend="sparseattn", fullgraph=True, options=options)
     got = parallel.gather(model(parallel.shard(x, mesh))[0], mesh, tokens=x.shape[1])
     return distance([got], [expected])
@@ -97,20 +99,21 @@ def steps(rank: int, ranks: int) -> dict[str, int]:
 
     torch._dynamo.register_backend(backend, name="kept") if "kept" not in torch._dynamo.list_backends(()) else None
     parts = Shared(mesh)
-    parts.compile(backend="sparseattn", fullgraph=True, options={**_options(mesh), "inner_backend": "kept"})
+    parts.compile(backend="sparseattn", fullgraph=True, options={**options_of(mesh), "inner_backend": "kept"})
     for _ in range(5):
         parts(_x())[0].sum().backward()
     exchanges = [sum("all_to_all" in target for target in graph) for graph in graphs]
     return {"graphs": len(graphs), "forward": exchanges[0], "backward": exchanges[1]}
 
 
-def counted(rank: int, ranks: int) -> dict[str, int]:
+def counted(rank: int, ranks: int, *, method: str = "auto") -> dict[str, int]:
     """Bytes of the report, and those that a wrapped process group was given for other ranks."""
-    dist.Backend.register_backend("counting", Counting.create, devices=["cpu"])
+    if not hasattr(dist.Backend, "COUNTING"):
+        dist.Backend.register_backend("counting", Counting.create, devices=["cpu"])
     group = dist.new_group(backend="counting")
     mesh = DeviceMesh.from_group(group, "cpu")
     parts = Shared(mesh)
-    parts.compile(backend="sparseattn", fullgraph=True, options=_options(mesh))
+    parts.compile(backend="sparseattn", fullgraph=True, options=options_of(mesh, method))
     with torch.no_grad():
         parts(_x())
         Counting.sent = Counting.calls = 0
@@ -145,10 +148,11 @@ class Counting(dist.ProcessGroup):
     def group_name(self) -> str:
         return dist.distributed_c10d._world.pg_names[self]
 
-    def alltoall_base(self, out: Tensor, given: Tensor, *how: Any) -> Any:
+    def alltoall_base(self, out: Tensor, given: Tensor, taken: list[int], sizes: list[int], *how: Any) -> Any:
         Counting.calls += 1
-        Counting.sent += given.nbytes * (self.size() - 1) // self.size()
-        return self.inner.alltoall_base(out, given, *how)
+        rows = [part.nbytes for part in given.split(sizes)]
+        Counting.sent += sum(rows) - rows[self.rank()]
+        return self.inner.alltoall_base(out, given, taken, sizes, *how)
 
     def allgather(self, *given: Any) -> Any:
         return self.inner.allgather(*given)
@@ -168,7 +172,8 @@ def too_many_ranks(rank: int, ranks: int) -> str:
     mesh = mesh_of(ranks)
     model = Shared(mesh)
     model.inner = Blocks(layers=1, heads=1, head_dim=CHANNELS)
-    return _error(lambda: compiled(model, mesh)(_x()))
+    asked = parallel.ContextParallel(mesh, method="ulysses")
+    return _error(lambda: compiled(model, mesh, parallel=asked)(_x()))
 
 
 def lost(rank: int, ranks: int) -> str:
@@ -203,8 +208,10 @@ def _error(call: Any) -> str:
     return ""
 
 
-def _options(mesh: DeviceMesh) -> dict[str, Any]:
-    return {"policy": "exact", "inner_backend": "aot_eager", "parallel": parallel.ContextParallel(mesh)}
+def options_of(mesh: DeviceMesh, method: Any = "auto", **more: Any) -> dict[str, Any]:
+    """Options of the backend."""
+    asked = parallel.ContextParallel(mesh, method=method)
+    return {"policy": "exact", "inner_backend": "aot_eager", "parallel": asked, **more}
 
 
 RUNS = {
@@ -216,6 +223,8 @@ RUNS = {
     "other_shapes": other_shapes,
     "too_many_ranks": too_many_ranks,
     "inductor": inductor,
+    "ring_counted": partial(counted, method="ring"),
+    "ring_inductor": partial(inductor, method="ring"),
 }
 LOST = {"lost": lost}
 LATE = {"late": late}

@@ -30,7 +30,7 @@ class Settings:
     density: tuple[float, ...] = (1.0, 0.25, 0.1)
     block: tuple[int, ...] = (64,)
     dtype: tuple[str, ...] = ("fp32", "bf16")
-    threads: tuple[int, ...] = (1, 2)
+    threads: tuple[int, ...] = (2,)
     repeats: int = 5
     provider: str = "auto"
 

@@ -1,0 +1,179 @@
+"""Ring: queries stay where they are, the keys and values of all ranks pass by, and attention to each part is merged.
+
+In every step a rank hands the shard that it holds to the next rank and attends to it meanwhile; lse says how much each
+part counts. Text that every rank holds is not sent, and each rank attends to it once. Plain functions of tensors, which
+`ring_exchange` traces into a graph; their gradients are the exact transposes: those of keys travel back the same way.
+Paper: https://arxiv.org/abs/2310.01889.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .ulysses import Piece
+
+Part = tuple[Tensor, Tensor]
+"""Attention to some of the keys: out (B, Hq, S, D) and lse (B, Hq, S)."""
+
+Attend = Callable[[Tensor, Tensor, Tensor, int, bool], Part]
+"""(q, k, v, rank whose keys they are, causal) -> part."""
+
+_TOKENS = 2  # dimension of the tokens in (B, H, S, D)
+
+
+@dataclass(frozen=True)
+class Run:
+    """Tokens that lie next to each other: at `place` of a tensor, and from `first` of the whole sequence on."""
+
+    place: int
+    first: int
+    size: int
+
+    def of(self, tensor: Tensor, size: int | None = None) -> Tensor:
+        """These tokens of (B, H, S, D); or so many from the first."""
+        return tensor.narrow(_TOKENS, self.place, self.size if size is None else size)
+
+
+@dataclass(frozen=True)
+class Ring:
+    """The exchange around one attention.
+
+    Args:
+        pieces: the tokens of its queries, keys and values, in order; at least one piece is sharded.
+        causal: a query sees keys up to its own place in the whole sequence.
+        ranks: ranks of the ring.
+        rank: this rank's place in it.
+        group: name of the process group.
+    """
+
+    pieces: tuple[Piece, ...]
+    causal: bool
+    ranks: int
+    rank: int
+    group: str
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, attention: Attend) -> Tensor:
+        """Attention of this rank's queries to the keys of all.
+
+        Args:
+            q: (B, Hq, local, D), padding included.
+            k: (B, Hkv, local, D).
+            v: (B, Hkv, local, D).
+            attention: attends to a part of the keys.
+
+        Returns:
+            (B, Hq, local, D), q's dtype. What stands for padding is finite, and means nothing.
+        """
+        held = torch.stack([self._shards(k), self._shards(v)])
+        queries = list(self._queries())
+        parts: list[list[Part]] = [[] for _ in queries]
+        for step in range(self.ranks):
+            source = (self.rank - step) % self.ranks
+            held = self._pass_on(held) if step else held
+            keys, values = (held[0], held[1]) if step else (k, v)
+            runs, before = list(self._keys(source, whole=not step)), sum(map(len, parts))
+            for query, found in zip(queries, parts, strict=True):
+                for key, value, causal in self._seen(query, runs, keys, values):
+                    found.append(attention(query.of(q), key, value, source, causal))
+        outs = [merge(found).to(q.dtype) for found in parts]
+        out = outs[0] if len(outs) == 1 else torch.cat(outs, dim=_TOKENS)
+        return out if sum(map(len, parts)) > before else _tied(out, held)  # `held` came last
+
+    def _shards(self, tensor: Tensor) -> Tensor:
+        """What travels of (B, H, local, D): the tokens that others do not have."""
+        split = tensor.split([piece.local for piece in self.pieces], dim=_TOKENS)
+        sharded = [part for part, piece in zip(split, self.pieces, strict=True) if piece.sharded]
+        return sharded[0] if len(sharded) == 1 else torch.cat(sharded, dim=_TOKENS)
+
+    def _queries(self) -> Iterator[Run]:
+        """The queries of this rank, padding included: all at once where all see the same keys."""
+        if not self.causal:
+            yield Run(0, 0, sum(piece.local for piece in self.pieces))
+            return
+        place = first = 0
+        for piece in self.pieces:
+            yield Run(place, first + (self.rank * piece.local if piece.sharded else 0), piece.local)
+            place, first = place + piece.local, first + piece.whole
+
+    def _keys(self, source: int, *, whole: bool) -> Iterator[Run]:
+        """The keys that a rank has, padding excluded: all that it holds (whole), or what travels."""
+        place = first = 0
+        for piece in self.pieces:
+            if piece.sharded:
+                before = min(source * piece.local, piece.whole)
+                yield Run(place, first + before, min(piece.local, piece.whole - before))
+            elif whole:
+                yield Run(place, first, piece.whole)
+            place += piece.local if piece.sharded or whole else 0
+            first += piece.whole
+
+    def _seen(
+        self, query: Run, runs: Sequence[Run], keys: Tensor, values: Tensor
+    ) -> Iterator[tuple[Tensor, Tensor, bool]]:
+        """What some queries see of the keys and values of one rank, and whether causally."""
+        runs = [run for run in runs if run.size]
+        if not self.causal:
+            if runs:
+                yield _cut(runs, keys), _cut(runs, values), False
+            return
+        for run in runs:
+            if run.first + run.size <= query.first:
+                yield run.of(keys), run.of(values), False
+            elif run.first == query.first:  # as many keys as queries: no query sees the padding after it
+                yield run.of(keys, query.size), run.of(values, query.size), True
+
+    def _pass_on(self, held: Tensor) -> Tensor:
+        """Hand what is held, (2, ...), to the next rank; what the previous one held."""
+        from torch.distributed._functional_collectives import all_to_all_single_autograd
+        from torch.distributed.distributed_c10d import GroupName
+
+        given, taken = [0] * self.ranks, [0] * self.ranks
+        given[(self.rank + 1) % self.ranks] = taken[(self.rank - 1) % self.ranks] = held.shape[0]
+        received: Tensor = all_to_all_single_autograd(held.contiguous(), taken, given, GroupName(self.group))
+        return received
+
+
+def merge(parts: Sequence[Part]) -> Tensor:
+    """Attention to all keys, (B, Hq, S, D), from attention to parts that have none in common; fp32 if there are two.
+
+    A row may see no key of a part (its lse is -inf), but must see one of some part.
+    """
+    (out, lse), *others = parts
+    for other, more in others:
+        lse, more = _finite(lse), _finite(more)
+        total = torch.logaddexp(lse, more)
+        ours, theirs = ((one - total).exp().unsqueeze(-1) for one in (lse, more))
+        out, lse = out * ours + other * theirs, total
+    return out
+
+
+def _finite(lse: Tensor) -> Tensor:
+    """-inf as a number so low that its weight is 0 too: differences of infinities have no value."""
+    return lse.masked_fill(lse == -torch.inf, -1e30)
+
+
+def _cut(runs: Sequence[Run], tensor: Tensor) -> Tensor:
+    """The runs one after the other: a view where they are neighbours."""
+    if all(one.place + one.size == two.place for one, two in itertools.pairwise(runs)):
+        return runs[0].of(tensor, sum(run.size for run in runs))
+    return torch.cat([run.of(tensor) for run in runs], dim=_TOKENS)
+
+
+def _tied(out: Tensor, held: Tensor) -> Tensor:
+    """`out` itself, as if it were made with what came last, which no query of this rank sees.
+
+    Every rank must take part in every step, and in the same order: backward too, so that also a gradient that is zero
+    has to wait for the gradient of `out`.
+    """
+    return out + (0 * held.flatten()[:1]).nan_to_num()  # no part of `out`, even if it is infinite
+
+
+def payload(ring: Ring, kv_heads: int, head_dim: int, batch: int) -> int:
+    """Elements that leave this rank in one forward pass."""
+    sharded = sum(piece.local for piece in ring.pieces if piece.sharded)
+    return (ring.ranks - 1) * 2 * batch * kv_heads * sharded * head_dim
