@@ -6,7 +6,9 @@
 `tokens` follows it through the graph; `exchange` puts the collectives of `ulysses` around every site.
 """
 
+from ...attn_ops.dtensor import register_dtensor
 from ...lowering.context_parallel import ContextParallel
+from .attention import DistributedAttention, LocalAttention
 from .communication import Communication
 from .model import Sharded, shard_model
 from .plans import Gather, Mask, Plan, Split, plan_of
@@ -15,13 +17,16 @@ from .tensors import gather, shard, whole_mask
 __all__ = [
     "Communication",
     "ContextParallel",
+    "DistributedAttention",
     "Gather",
+    "LocalAttention",
     "Mask",
     "Plan",
     "Sharded",
     "Split",
     "gather",
     "plan_of",
+    "register_dtensor",
     "shard",
     "shard_model",
     "whole_mask",

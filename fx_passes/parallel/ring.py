@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ...attn_ops.zeros_after import ZEROS_AFTER
 from .ulysses import Piece
 
 Part = tuple[Tensor, Tensor]
@@ -170,7 +171,8 @@ def _tied(out: Tensor, held: Tensor) -> Tensor:
     Every rank must take part in every step, and in the same order: backward too, so that also a gradient that is zero
     has to wait for the gradient of `out`.
     """
-    return out + (0 * held.flatten()[:1]).nan_to_num()  # no part of `out`, even if it is infinite
+    zero: Tensor = ZEROS_AFTER(held, ())
+    return out + zero.to(out.dtype)
 
 
 def payload(ring: Ring, kv_heads: int, head_dim: int, batch: int) -> int:

@@ -9,13 +9,13 @@ import pytest
 import torch
 import torch.distributed as dist
 from support.attention_model import Blocks
-from support.graphs import capture
+from support.graphs import capture, count
 from torch import Tensor, fx
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.nn.functional import scaled_dot_product_attention
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from sparseattn import Policy, Report, parallel
+from sparseattn import Policy, Report, Rule, parallel
 from sparseattn.attn_ops.errors import ArgumentError, ParallelError, PolicyError
 from sparseattn.fx_passes.rewrite import rewrite_graph
 
@@ -199,6 +199,56 @@ def test_keys_sharded_otherwise_than_queries_are_an_error(mesh: DeviceMesh) -> N
 
     with pytest.raises(ParallelError, match="must be sharded alike, got 4 of 13, 2 of 8 and 2 of 8 tokens"):
         _exchanged(cross, torch.randn(1, 4, 13, 16), torch.randn(1, 4, 8, 16), mesh=mesh)
+
+
+@pytest.mark.parametrize("policy", [EXACT, DENSE])
+def test_a_ring_takes_the_place_of_a_site(mesh: DeviceMesh, policy: Policy) -> None:
+    model = Sharing(mesh, layers=1)
+    graph, report = _exchanged(model, torch.randn(2, 13, CHANNELS), mesh=mesh, policy=policy, method="ring")
+    assert _collectives(graph) == RANKS - 1
+    assert count(graph, torch.ops.sparseattn.flash_attention.default) == RANKS
+    assert count(graph, torch._C._nn.scaled_dot_product_attention) == 0
+    assert report.rows[0].communication is not None
+    assert report.rows[0].communication.sent == (RANKS - 1) * 2 * 2 * 4 * CHANNELS * 4
+
+
+def test_a_causal_ring_computes_what_is_not_in_the_future(mesh: DeviceMesh) -> None:
+    model = Sharing(mesh, layers=1, is_causal=True)
+    graph, _ = _exchanged(model, torch.randn(2, 13, CHANNELS), mesh=mesh, method="ring")
+    assert _collectives(graph) == RANKS - 1
+    assert count(graph, torch.ops.sparseattn.flash_attention.default) == 2  # this is rank 1
+
+
+def test_fewer_heads_than_ranks_are_a_ring(mesh: DeviceMesh) -> None:
+    _, report = _exchanged(_shared_by(mesh), torch.randn(1, 3, 13, 16), mesh=mesh)
+    assert report.rows[0].communication is not None
+    assert report.rows[0].communication.method == "ring"
+    assert report.rows[0].communication.why == "3 heads are too few for 4 ranks"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "policy", "told"),
+    [
+        ({"dropout_p": 0.5}, DENSE, "got dropout at"),
+        ({"attn_mask": torch.ones(16, 16).tril(3) > 0}, DENSE, "got a bool mask at"),
+        ({}, Policy([Rule("block_topk", mode="require")]), "block_topk"),
+    ],
+    ids=["dropout", "mask", "sparse"],
+)
+def test_what_a_ring_cannot_compute_is_an_error(
+    mesh: DeviceMesh, arguments: dict[str, Any], policy: Policy, told: str
+) -> None:
+    with pytest.raises(ParallelError, match=rf"a ring must compute exact attention, causal or not, .*{told}"):
+        _exchanged(_shared_by(mesh, **arguments), torch.randn(1, 4, 16, 16), mesh=mesh, policy=policy, method="ring")
+
+
+def _shared_by(mesh: DeviceMesh, *, attn_mask: Tensor | None = None, **arguments: Any) -> Callable[[Tensor], Tensor]:
+    def attend(q: Tensor) -> Tensor:
+        q = parallel.shard(q, mesh, dim=2)
+        mask = None if attn_mask is None else parallel.whole_mask(attn_mask, q.shape[2])
+        return scaled_dot_product_attention(q, q, q, attn_mask=mask, **arguments)
+
+    return attend
 
 
 def test_text_given_by_number(mesh: DeviceMesh) -> None:

@@ -25,10 +25,10 @@ HEADS, CHANNELS = 4, 64
 class Shared(nn.Module):
     """Blocks of attention on the shards of its input, in checkpoints if asked."""
 
-    def __init__(self, mesh: DeviceMesh | None, *, regions: bool = False, **arguments: Any) -> None:
+    def __init__(self, mesh: DeviceMesh | None, *, regions: bool = False, layers: int = 2, **arguments: Any) -> None:
         super().__init__()
         torch.manual_seed(1)
-        self.inner = Blocks(layers=2, heads=HEADS, **arguments)
+        self.inner = Blocks(layers=layers, heads=HEADS, **arguments)
         self.mesh, self.regions = mesh, regions
 
     def forward(self, x: Tensor) -> list[Tensor]:
@@ -62,9 +62,10 @@ def causal(rank: int, ranks: int) -> dict[str, float]:
 
 def inductor(rank: int, ranks: int, *, method: str = "ulysses") -> dict[str, float]:
     """The same by Inductor; causal on a ring, where ranks have different graphs."""
-    mesh, is_causal = mesh_of(ranks), method == "ring"
-    whole, parts = Shared(None, is_causal=is_causal), Shared(mesh, is_causal=is_causal)
-    options = {**options_of(mesh, method), "inner_backend": "inductor"}
+    mesh = mesh_of(ranks)
+    arguments = {"is_causal": method == "ring", "layers": 1 if method == "ring" else 2}
+    whole, parts = Shared(None, **arguments), Shared(mesh, **arguments)
+    options = options_of(mesh, method, inner_backend="inductor")
     parts.compile(backend="sparseattn", fullgraph=True, options=options)
     return compare(whole, parts, (_x(),), ranks, grad=True)
 
