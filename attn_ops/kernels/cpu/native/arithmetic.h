@@ -26,6 +26,11 @@ struct Operands {
   int depth;
 };
 
+struct ByBoth {
+  Rows by_query;        // the operand A, with depth over queries
+  const float* by_key;  // the operand B, with depth over keys
+};
+
 struct InFloats {
   typedef Floats Element;
   static int depth(int n) { return n; }
@@ -50,14 +55,18 @@ struct InFloats {
   static Operands weighted_values(const Call& c, const char* v, const float* weights, int keys, float* wide, float*) {
     return {columns(c, v, c.v.token, keys, wide), weights, keys};
   }
-  // s[key][query] as the operand B with depth over keys, and as the operand A.
-  template <int NQ>
-  static const float* over_keys(float* s, int, float*) {
-    return s;
-  }
-  template <int NQ>
-  static Rows over_queries(const float* s, int, float*) {
-    return {s, 4 * NQ};
+  // A weight as the backward keeps it: [key][query] of them are the operand A, with depth over queries.
+  typedef float Weight;
+  static INLINE void store_weights(Weight* to, Vec weights) { store(to, weights); }
+  static INLINE Vec load_weights(const Weight* from) { return load(from); }
+  // Where the scores are that become these weights: in place, or in a buffer.
+  static float* scores(Weight* weights, float*) { return weights; }
+  // value(key, query), of W queries, as the operand A with depth over queries, and as the operand B with depth over keys.
+  template <int NQ, class Value>
+  static ByBoth by_both(int keys, float* buffer, Value value) {
+    for (int k = 0; k < keys; ++k)
+      for (int i = 0; i < NQ; i += W) store(buffer + k * NQ + i, value(k, i));
+    return {{buffer, 4 * NQ}, buffer};
   }
 };
 
@@ -101,15 +110,26 @@ struct InPairs {
     return {{wide, 4 * pitch}, packed, pairs + depth(keys - precise)};
   }
   template <int NQ>
-  static const float* over_keys(float* s, int keys, float* buffer) {
+  static void over_keys(float* s, int keys, float* to) {
     if (keys % 2) memset(s + keys * NQ, 0, 4 * NQ);
-    for (int k = 0; k < keys; k += 2) pack_pairs(buffer + k / 2 * NQ, s + k * NQ, s + (k + 1) * NQ, NQ);
-    return buffer;
+    for (int k = 0; k < keys; k += 2) pack_pairs(to + k / 2 * NQ, s + k * NQ, s + (k + 1) * NQ, NQ);
   }
-  template <int NQ>
-  static Rows over_queries(const float* s, int keys, float* buffer) {
-    for (int k = 0; k < keys; ++k) pack_row(buffer + k * NQ / 2, s + k * NQ, NQ);
-    return {buffer, 2 * NQ};
+  typedef uint16_t Weight;
+  static INLINE void store_weights(Weight* to, Vec weights) { pack_row(to, weights); }
+  static INLINE Vec load_weights(const Weight* from) { return widen(from, BFLOAT16); }
+  static float* scores(Weight*, float* buffer) { return buffer; }
+  template <int NQ, class Value>
+  static ByBoth by_both(int keys, float* buffer, Value value) {
+    float* pairs = buffer + KEYS * NQ / 2;
+    uint16_t* rows = (uint16_t*)buffer;
+    for (int k = 0; k < keys; k += 2)
+      for (int i = 0; i < NQ; i += W) {
+        const Vec x = value(k, i), y = k + 1 < keys ? value(k + 1, i) : splat(0);
+        pack_row(rows + k * NQ + i, x);
+        pack_row(rows + (k + 1) * NQ + i, y);
+        pack_pairs(pairs + k / 2 * NQ + i, x, y);
+      }
+    return {{rows, 2 * NQ}, pairs};
   }
 };
 #endif

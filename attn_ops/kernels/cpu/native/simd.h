@@ -208,13 +208,18 @@ INLINE void interleave(float* to, const uint16_t* row0, const uint16_t* row1, in
   }
 }
 
-// to[i] = (row0[i], row1[i]) rounded to bf16; n a multiple of 16.
-INLINE void pack_pairs(float* to, const float* row0, const float* row1, int n) {
-  for (int i = 0; i < n; i += 16) {
-    const __m512i both = (__m512i)_mm512_cvtne2ps_pbh(_mm512_loadu_ps(row1 + i), _mm512_loadu_ps(row0 + i));
-    _mm512_storeu_si512(to + i, _mm512_permutexvar_epi16(alternating(), both));
-  }
+// to[i] = (x[i], y[i]) rounded to bf16.
+INLINE void pack_pairs(float* to, Vec x, Vec y) {
+  _mm512_storeu_si512(to, _mm512_permutexvar_epi16(alternating(), (__m512i)_mm512_cvtne2ps_pbh((__m512)y, (__m512)x)));
 }
+
+// Likewise of rows of n numbers, a multiple of 16.
+INLINE void pack_pairs(float* to, const float* row0, const float* row1, int n) {
+  for (int i = 0; i < n; i += 16) pack_pairs(to + i, load(row0 + i), load(row1 + i));
+}
+
+// to[i] = x[i] rounded to bf16.
+INLINE void pack_row(uint16_t* to, Vec x) { _mm256_storeu_si256((__m256i*)to, (__m256i)_mm512_cvtneps_pbh((__m512)x)); }
 
 // to[i] = row[i] >= 0 as two bf16 numbers that sum to it to 16 bits, neither of them 0 unless row[i] is, for what they
 // multiply may be infinite; n a multiple of 16.
@@ -227,12 +232,6 @@ INLINE void split_row(float* to, const float* row, int n) {
     const __m512i low = (__m512i)_mm512_sub_ps(x, (__m512)high);
     _mm512_storeu_si512(to + i, _mm512_or_si512(high, _mm512_srli_epi32(low, 16)));
   }
-}
-
-// One row rounded to bf16: n numbers in n / 2 words; n a multiple of 16.
-inline void pack_row(float* to, const float* from, int n) {
-  for (int i = 0; i < n; i += 16)
-    _mm256_storeu_si256((__m256i*)(to + i / 2), (__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(from + i)));
 }
 #endif
 
