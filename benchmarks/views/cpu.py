@@ -101,12 +101,13 @@ def mass(results: Results) -> str:
 def training(results: Results) -> str:
     """Efficiency of forward and backward, and of the backward, by kernel, dtype and density."""
     rows = results.rows("training")
-    header = ("kernel", "dtype", "direction", *_FORWARD, "dq", "dk", "dv")
+    header = ("kernel", "dtype", "direction", "tokens", *_FORWARD, "dq", "dk", "dv")
     lines = (
         (
             str(row.setting["kernel"]),
             str(row.setting["dtype"]),
             row.name,
+            count(row.setting["seq"]),
             *_forward(row),
             *(power(row.error.get(f"{name}_relative_l2")) for name in ("dq", "dk", "dv")),
         )
