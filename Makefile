@@ -9,7 +9,7 @@ demo: $(VENV)/.ready
 	$(RUN) examples/tiny_video/demo.py
 
 test: $(VENV)/.ready
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(RUN) -m pytest -n 2
 
 lint: $(VENV)/.ready
 	$(VENV)/bin/ruff check .

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from sparseattn.fx_passes.report import Report
     from sparseattn.fx_passes.rewrite_program import rewrite
     from sparseattn.fx_passes.sta_losses import StaLosses, sta_losses
+    from sparseattn.fx_passes.tune import Tuning, tune
 
 __version__ = "0.1.0"
 
@@ -54,6 +55,7 @@ __all__ = [
     "SpargeTuning",
     "StaLosses",
     "StaStrategy",
+    "Tuning",
     "VideoLayout",
     "backends",
     "calibrate",
@@ -70,6 +72,7 @@ __all__ = [
     "sta_losses",
     "step_callback",
     "steps",
+    "tune",
     "tune_sparge",
     "unconvert",
     "use_policy",
@@ -89,6 +92,8 @@ _LAZY = {
     "explain": "sparseattn.fx_passes.explain",
     "last_report": "sparseattn.fx_passes.publish",
     "rewrite": "sparseattn.fx_passes.rewrite_program",
+    "Tuning": "sparseattn.fx_passes.tune",
+    "tune": "sparseattn.fx_passes.tune",
     "tune_sparge": "sparseattn.fx_passes.tune_sparge",
 }
 

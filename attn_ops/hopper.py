@@ -1,4 +1,4 @@
-"""What our kernels for Hopper need, for the providers that load them. Nothing here imports Triton."""
+"""What our kernels for Hopper, and copies by descriptor, need, for their providers. Nothing here imports Triton."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ from .spec import TRITON, Kernel, Provider, WhyNot, no_reasons
 
 _HEAD_DIMS = (64, 128)
 _KEYS = 64
-_UNMEASURED = "its speed is not measured yet: chosen only where it is named"
+_COPY_ENGINES = (90, 100, 103)
+_COPIED_KEYS = 16
+UNMEASURED = "its speed is not measured yet: chosen only where it is named"
 _SCHEDULES = {
     "gluon": ("attention", "Hopper kernel, four programs on a multiprocessor"),
     "gluon_overlapped": ("overlapped_attention", "Hopper kernel, the next scores computed during a softmax"),
@@ -42,7 +44,7 @@ def providers(
             *(name, summary, load(function), load_backward),
             support=replace(SUPPORT, causal=False, grad=load_backward is not None),
             why_not=reasons,
-            only_if_named=_UNMEASURED,
+            only_if_named=UNMEASURED,
         )
         for name, (function, summary) in _SCHEDULES.items()
     )
@@ -59,5 +61,18 @@ def why_not_tiles(call: AttentionCall, capability: Capability) -> list[str]:
             f"blocks of {block_q} queries, it has multiples of {_KEYS}",
         ),
         (isinstance(block_k, int) and block_k != _KEYS, f"blocks of {block_k} keys, it has {_KEYS}"),
+    )
+    return [sentence for wrong, sentence in checks if wrong]
+
+
+def why_not_descriptors(call: AttentionCall, capability: Capability) -> list[str]:
+    """The `why_not` of a kernel that copies tiles of keys: they may not reach over the end of a block."""
+    block_k = call.param("block_k")
+    checks = (
+        (capability.sm not in (None, *_COPY_ENGINES), f"it copies on sm90, sm100 and sm103, this is {capability}"),
+        (
+            isinstance(block_k, int) and block_k % _COPIED_KEYS != 0,
+            f"blocks of {block_k} keys, it has multiples of {_COPIED_KEYS}",
+        ),
     )
     return [sentence for wrong, sentence in checks if wrong]

@@ -213,6 +213,7 @@ class BackendSpec:
         selectable: a policy may choose it (False for ops that need an argument no graph has, such as a block map).
         attached: the op's tensor arguments that the module around the attention may hand over: trained parameters.
         prologue: how this op, on rounded tensors, stands for that of another backend.
+        integer_qk: q and k are rounded to INT8 before they are multiplied, so that they may come rounded.
     """
 
     name: str
@@ -229,6 +230,7 @@ class BackendSpec:
     selectable: bool = True
     attached: tuple[str, ...] = ()
     prologue: Prologue | None = None
+    integer_qk: bool = False
 
     def reasons(self, call: AttentionCall, capability: Capability) -> list[str]:
         """Why this backend cannot serve the call, whoever computes it; empty if it can."""

@@ -1,4 +1,4 @@
-"""The command line: `sparseattn backends | explain | calibrate | policy | bench | env`.
+"""The command line: `sparseattn backends | explain | calibrate | policy | bench | tune | env`.
 
 Exit code 0 on success, 1 when a rule with mode="require" is not met, 2 on wrong use, 130 when interrupted; `calibrate`
 and `policy` document what 1 means for them. What goes wrong is told on stderr, without a traceback.
@@ -24,6 +24,7 @@ from ..lowering.selection_table import selection_page
 from .bench import COLUMNS, measure
 from .cli_calibrate import add_calibrate
 from .cli_policy import add_policy
+from .cli_tune import add_tune
 from .table import aligned
 from .target import TARGET, load_target, on_one_line
 
@@ -58,12 +59,13 @@ def _parser() -> argparse.ArgumentParser:
         epilog='Exit code: 0; 1 if a rule with mode="require" is not met, or as calibrate, policy diff and policy '
         "validate say; 2 on wrong use; 130 when interrupted. sparseattn VERB --help tells more.",
     )
-    verbs = parser.add_subparsers(required=True, metavar="backends | explain | calibrate | policy | bench | env")
+    verbs = parser.add_subparsers(required=True, metavar="backends | explain | calibrate | policy | bench | tune | env")
     _add_backends(verbs)
     _add_explain(verbs)
     add_calibrate(verbs)
     add_policy(verbs)
     _add_bench(verbs)
+    add_tune(verbs)
     _add_env(verbs)
     return parser
 

@@ -64,7 +64,7 @@ def rewrite_graph(
 
     Raises:
         RequirementError: if a rule with mode="require" matches a site that its backend cannot serve.
-        ParallelError: if a site has shards that cannot be exchanged.
+        ParallelError: if a site has shards that cannot be exchanged, or may have some of another graph.
         PolicyError: if a value that follows the steps cannot reach a site.
     """
     trains = any(AttachedTensors(graph.graph).need_grad for graph in graphs_of(module))
@@ -74,6 +74,8 @@ def rewrite_graph(
         policy, capability, current_step(), grids, values, trains, probes, demoted or {}, fuse, exchanges
     )
     rows = [row for graph in graphs_of(module) for row in rewriter.rewrite(graph)]
+    if exchanges is not None and rows:
+        exchanges.refuse_untold(graph.graph for graph in graphs_of(module))
     # Only now: a grid is read in raster order, through the graphs before it.
     hoisted = sum(map(hoist_tiling, graphs_of(module) if hoist else ()), Hoisted())
     for graph in graphs_of(module):
@@ -124,8 +126,9 @@ class _Rewriter:
             decision = self._decide(asked)
             handed = {} if decision.backend is None else attached.of(site, decision.backend)
             if isinstance(exchange, RingExchange):
-                communication: Communication | None = exchange.place(decision)
+                communication: Communication | None = exchange.place(decision, self.values)
             else:
+                exchange = exchange.decided(decision)
                 communication = exchange.communication(handed)
                 site, handed = exchange.insert(handed)
                 if not decision.is_dense:

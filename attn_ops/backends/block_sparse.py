@@ -58,8 +58,8 @@ def block_sparse_attention(
         causal: of the listed keys, query i sees 0 ... i, token by token, aligned top-left.
         scale: factor on the scores; None means D ** -0.5.
         provider: "triton", "cpu", "fastvideo_kernel", "reference", or "auto": the first of these that can serve it.
-            Never chosen so: "gluon" and "gluon_overlapped", kernels for Hopper that are not measured yet, and
-            "triton_fused_backward", which is not deterministic.
+            Never chosen so: "gluon" and "gluon_overlapped", kernels for Hopper, and "triton_descriptors", none of
+            which is measured yet, and "triton_fused_backward", which is not deterministic.
 
     Returns:
         out: (B, Hq, Sq, D), q's dtype and stride order. A row that sees no key is 0.
@@ -190,6 +190,7 @@ BACKEND = BackendSpec(
             load=later("kernels.triton.block_sparse", "attention"),
             load_backward=later("kernels.triton.block_sparse_backward", "attention_backward"),
             support=TRITON,
+            detail=later("kernels.triton.tuned_tiles", "detail"),
         ),
         Provider(
             "cpu",
@@ -203,6 +204,15 @@ BACKEND = BackendSpec(
         *hopper.providers(
             lambda function: later("kernels.gluon.block_sparse", function),
             later("kernels.triton.block_sparse_backward", "attention_backward"),
+        ),
+        Provider(
+            "triton_descriptors",
+            "the kernels of triton, the forward's keys and values copied by descriptor where aligned to 16 bytes",
+            load=later("kernels.triton.block_sparse", "attention_by_descriptors"),
+            load_backward=later("kernels.triton.block_sparse_backward", "attention_backward"),
+            support=hopper.SUPPORT,
+            why_not=hopper.why_not_descriptors,
+            only_if_named=hopper.UNMEASURED,
         ),
         Provider(
             "triton_fused_backward",

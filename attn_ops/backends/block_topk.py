@@ -237,6 +237,7 @@ BACKEND = BackendSpec(
             load=_through("triton"),
             load_backward=_backward_through("triton"),
             support=TRITON,
+            detail=later("kernels.triton.tuned_tiles", "detail"),
         ),
         Provider(
             "cpu",

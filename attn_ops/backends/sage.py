@@ -219,6 +219,7 @@ BACKEND = BackendSpec(
     support=Support(grad=False),
     break_even=_break_even,
     tolerance={"typical": 0.012},
+    integer_qk=True,
     providers=(
         sageattention.PROVIDER,
         Provider(
@@ -227,6 +228,7 @@ BACKEND = BackendSpec(
             load=later("kernels.triton.sage", "attention"),
             support=TRITON_FORWARD,
             why_not=_why_not_triton,
+            detail=later("kernels.triton.tuned_tiles", "detail"),
         ),
         *hopper.providers(lambda function: later("kernels.gluon.sage", function), why_not=_why_not_gluon),
         Provider(

@@ -207,6 +207,7 @@ BACKEND = BackendSpec(
             load=_on_lists("kernels.triton.sparge"),
             support=TRITON_FORWARD,
             why_not=without_fp8,
+            detail=later("kernels.triton.tuned_tiles", "detail"),
         ),
         replace(spas_sage_attn.PROVIDER, load=_on_map),
         Provider(

@@ -223,6 +223,7 @@ BACKEND = BackendSpec(
     break_even=_break_even,
     # The median at the defaults over the attention layers of examples/tiny_video in 12 steps; the worst is 0.15.
     tolerance={"typical": 0.08},
+    integer_qk=True,
     providers=(
         Provider(
             "triton",
@@ -230,6 +231,7 @@ BACKEND = BackendSpec(
             load=_on_lists("kernels.triton.sparge"),
             support=TRITON_FORWARD,
             why_not=_why_not_triton,
+            detail=later("kernels.triton.tuned_tiles", "detail"),
         ),
         *hopper.providers(lambda function: _on_lists("kernels.gluon.sparge", function), why_not=_why_not_gluon),
         replace(spas_sage_attn.PROVIDER, load=_on_map),

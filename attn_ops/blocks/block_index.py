@@ -193,6 +193,23 @@ def mask_of(index: Tensor, count: Tensor, n: int) -> Tensor:
     return mask.scatter_(-1, target, used)[..., :n]
 
 
+def lists_within(index: Tensor, count: Tensor, first: int, blocks: int) -> tuple[Tensor, Tensor]:
+    """The part of ascending lists that is in first ... first + blocks - 1, numbered from there, as such lists.
+
+    Args:
+        index: (..., width) int32.
+        count: (...) int32.
+        first: the lowest block.
+        blocks: how many.
+    """
+    place = torch.arange(index.shape[-1], device=index.device)
+    used = place < count.unsqueeze(-1)
+    before = (used & (index < first)).sum(dim=-1, keepdim=True)
+    inside = (used & (index >= first) & (index < first + blocks)).sum(dim=-1, dtype=torch.int32)
+    taken = (before + place[:blocks]).clamp(max=index.shape[-1] - 1)
+    return (index.gather(-1, taken) - first).clamp(0, blocks - 1), inside
+
+
 def check_block_lists(op: str, index: Tensor, count: Tensor, key_sizes: Tensor | None, blocks: tuple[int, int]) -> None:
     """Check index: (B or 1, H or 1, nq, width), count: (B or 1, H or 1, nq) and key_sizes: (nk,), blocks = (nq, nk).
 

@@ -6,8 +6,6 @@ are fp32. What the padding of short tiles holds reaches no mean, no key and no g
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
@@ -15,6 +13,7 @@ from ..blocks.by_device import block_mean
 from ..blocks.tile_selection import TilePlan, choose_tiles, split_tiles
 from ..blocks.tiles import Tiling
 from ..layout import like_query
+from .coarse_branch import CoarseBranch, coarse_branch
 
 
 class _Order:
@@ -55,27 +54,6 @@ class _Order:
         return _whole(self.tiles(grad) + share.unsqueeze(3), grad.dtype)
 
 
-class _Coarse(NamedTuple):
-    """Means of tiles and their scores, fp32; G query heads share a key head.
-
-    q: (B, Hkv, G, nq, D), k and v: (B, Hkv, 1, nk, D), scores: (B, Hkv, G, nq, nk).
-    """
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    scores: Tensor
-
-    @property
-    def weights(self) -> Tensor:
-        """The softmax over all tiles of keys: a short tile counts as much as a full one."""
-        return self.scores.softmax(dim=-1)
-
-    def of_tokens(self) -> Tensor:
-        """The output of the branch, (B, Hq, nq, 1, D): the same for all tokens of a tile."""
-        return (self.weights @ self.v).flatten(1, 2).unsqueeze(3)
-
-
 def attention(
     q: Tensor,
     k: Tensor,
@@ -95,14 +73,14 @@ def attention(
     like = q
     queries, keys = _orders(plan, q.device)
     q, k, v = queries.enter(q), keys.enter(k), keys.enter(v)
-    coarse = _coarse(q, k, v, queries, keys, plan.scale)
+    coarse = _coarse(q, k, None if gate is None else v, queries, keys, plan.scale)
     lists, block = _lists(coarse, sparsities, keys, plan, block)
     out, lse = torch.ops.sparseattn.block_sparse_attention(
         q, k, v, *lists, block_q=block, block_k=block, scale=plan.scale, provider=provider
     )
     if gate is not None:
         gates = queries.tiles(queries.enter(gate))
-        out = _whole(torch.addcmul(queries.tiles(out), gates, coarse.of_tokens()), q.dtype)
+        out = _whole(torch.addcmul(queries.tiles(out), gates, coarse.out.unsqueeze(3)), q.dtype)
     return like_query(queries.leave(out), like), queries.leave(lse, -torch.inf, dim=-1)
 
 
@@ -126,15 +104,15 @@ def attention_backward(
     grad_out, out, q, k, v = *map(queries.enter, (grad_out, out, q)), keys.enter(k), keys.enter(v)
     lse = queries.enter(lse, dim=-1)
     grad_lse = None if grad_lse is None else queries.enter(grad_lse, dim=-1)
-    coarse = _coarse(q, k, v, queries, keys, plan.scale)
+    coarse = _coarse(q, k, None if gate is None else v, queries, keys, plan.scale)
     lists, block = _lists(coarse, sparsities, keys, plan, None)
     grad_gate, of_means = q.new_empty(0), None
     if gate is not None:
-        rows, gates, branch = queries.tiles(grad_out), queries.tiles(queries.enter(gate)), coarse.of_tokens()
+        rows, gates, branch = queries.tiles(grad_out), queries.tiles(queries.enter(gate)), coarse.out.unsqueeze(3)
         # That of the sparse part, without attending again. In half precision it is coarse: no provider relies on it.
         out = _whole(torch.addcmul(queries.tiles(out), gates, branch, value=-1), q.dtype)
         grad_gate = like_query(queries.leave(_whole(rows * branch, q.dtype)), gate)
-        of_means = _coarse_backward((rows.float() * gates).sum(dim=3), coarse, plan.scale)
+        of_means = coarse.gradients((rows.float() * gates).sum(dim=3))
     grads = torch.ops.sparseattn.block_sparse_attention_backward(
         grad_out, grad_lse, out, lse, q, k, v, *lists, block, block, False, plan.scale, provider
     )
@@ -153,31 +131,20 @@ def _orders(plan: TilePlan, device: torch.device) -> tuple[_Order, _Order]:
     return queries, queries if plan.keys == plan.queries else _Order(plan.keys, plan.tiled, device)
 
 
-def _coarse(q: Tensor, k: Tensor, v: Tensor, queries: _Order, keys: _Order, scale: float) -> _Coarse:
-    """Means and scores of q: (B, Hq, nq * volume, D) and k, v: (B, Hkv, nk * volume, D), 0 in their padding."""
-    mean_q = queries.means(q).unflatten(1, (k.shape[1], -1))
-    mean_k, mean_v = (keys.means(x).unsqueeze(2) for x in (k, v))
-    return _Coarse(mean_q, mean_k, mean_v, mean_q @ mean_k.mT * scale)
+def _coarse(q: Tensor, k: Tensor, v: Tensor | None, queries: _Order, keys: _Order, scale: float) -> CoarseBranch:
+    """That of q: (B, Hq, nq * volume, D) and k, v: (B, Hkv, nk * volume, D), 0 in their padding; v None for no gate."""
+    return coarse_branch(queries.means(q), keys.means(k), None if v is None else keys.means(v), scale)
 
 
 def _lists(
-    coarse: _Coarse, sparsities: Tensor | None, keys: _Order, plan: TilePlan, block: int | None
+    coarse: CoarseBranch, sparsities: Tensor | None, keys: _Order, plan: TilePlan, block: int | None
 ) -> tuple[tuple[Tensor, Tensor, Tensor | None], int]:
     """(block_index, block_count, key_sizes) for block-sparse attention, and the tokens of a block."""
-    index, count = choose_tiles(coarse.scores.flatten(1, 2), sparsities, plan)
+    index, count = choose_tiles(coarse.scores, sparsities, plan)
     sizes, volume = None if keys.tiling.is_full else keys.sizes, keys.tiling.volume
     if block is None or block == volume:
         return (index, count, sizes), volume
     return split_tiles(index, count, sizes, volume // block, block), block
-
-
-def _coarse_backward(grad: Tensor, coarse: _Coarse, scale: float) -> tuple[Tensor, Tensor, Tensor]:
-    """From the gradient of weights @ v, (B, Hq, nq, D), those of the means of q, k and v, (B, H, tiles, D)."""
-    grad, weights = grad.unflatten(1, coarse.q.shape[1:3]), coarse.weights
-    grad_weights = grad @ coarse.v.mT
-    grad_scores = weights * (grad_weights - (grad_weights * weights).sum(dim=-1, keepdim=True)) * scale
-    grad_k, grad_v = (grad_scores.mT @ coarse.q).sum(dim=2), (weights.mT @ grad).sum(dim=2)
-    return (grad_scores @ coarse.k).flatten(1, 2), grad_k, grad_v
 
 
 def _whole(x: Tensor, dtype: torch.dtype) -> Tensor:

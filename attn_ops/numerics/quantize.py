@@ -186,6 +186,8 @@ def _centred(x: Tensor, groups: Groups) -> tuple[Tensor, Tensor]:
 
 def _group_amax(token_amax: Tensor, groups: Groups) -> Tensor:
     """Give every token the largest value of its group: (B, H, S) to (B, H, S)."""
+    if groups.period == 1:
+        return token_amax
     tokens = token_amax.shape[-1]
     # Two periods or more, and some padding, whatever S: a size that is 1, or a padding that is 0, for some S only would
     # compile a graph again. Nothing is split by a number of periods or cut to S: a trace for any S could not prove that

@@ -25,22 +25,25 @@ def agree(parallel: ContextParallel, report: Report) -> None:
         ParallelError: if one has others.
         RuntimeError: by torch.distributed, if one does not come within the time-out of its group, or died.
     """
-    moved = [row for row in report.rows if row.communication and row.communication.collectives]
-    if moved:
-        _compare(parallel.mesh.get_group(), tuple(f"{row.name} ({row.call})" for row in moved))
+    told = [(f"{row.name} ({row.call})", row.communication) for row in report.rows]
+    if moved := tuple(f"{site} by {how.method}" for site, how in told if how and how.collectives):
+        _compare(tuple(parallel.mesh.get_all_groups()), parallel.rank, moved)
 
 
 @functools.lru_cache(maxsize=1024)
-def _compare(group: ProcessGroup, ours: tuple[str, ...]) -> None:
+def _compare(groups: tuple[ProcessGroup, ...], own: int, ours: tuple[str, ...]) -> None:
     import torch.distributed as dist
 
-    found: list[tuple[str, ...]] = [()] * group.size()
-    dist.all_gather_object(found, ours, group=group)
-    for rank, theirs in enumerate(found):
+    every = [ours]
+    for group in reversed(groups):  # after the last one, along the first dimension, all ranks have those of all
+        found: list[list[tuple[str, ...]]] = [[]] * group.size()
+        dist.all_gather_object(found, every, group=group)
+        every = [one for several in found for one in several]
+    for rank, theirs in enumerate(every):
         if theirs != ours:
             pairs = zip((*ours, "nothing"), (*theirs, "nothing"), strict=False)
             mine, other = next((one, two) for one, two in pairs if one != two)
             raise ParallelError(
-                f"parallel: every rank must exchange the same, rank {group.rank()} has {mine} where rank {rank} has "
+                f"parallel: every rank must exchange the same, rank {own} has {mine} where rank {rank} has "
                 f"{other}. Give all ranks inputs of the same shapes."
             )

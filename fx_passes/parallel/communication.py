@@ -14,7 +14,7 @@ class Communication:
     """The exchange around one site.
 
     Args:
-        method: "ulysses", or "none" where nothing has to be sent.
+        method: "ulysses", "ulysses, INT8" or "ring", or "none" where nothing has to be sent.
         why: why this method.
         collectives: how many, in a forward pass.
         sent: bytes that leave this rank in a forward pass; a backward pass sends as many again.

@@ -8,27 +8,28 @@ Between the two collectives the site is an attention over the whole sequence, wi
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, fx
 
-from ...attn_ops.call import ParamValue
 from ...attn_ops.errors import ParallelError
-from ...attn_ops.param import Param
 from ...attn_ops.registry import backend
-from ...attn_ops.schedule import Schedule
 from ...attn_ops.sharding import local_tokens
-from ...lowering.context_parallel import ContextParallel
+from ...lowering.context_parallel import ContextParallel, Wire
 from ...lowering.decision import Decision
 from ...lowering.head_split import HeadSplit
 from ..layouts.axis import unknown
 from ..normalize.graph import argument, value_of
 from ..sites import CallSite
+from . import int8_wire
 from .communication import NO_SHARDS, Communication
+from .hybrid import of_group, of_groups
 from .inline import inline
 from .laid_out import laid_out
 from .masks import mask_of, with_mask
+from .own_values import of_rank
 from .ring import Ring
 from .ring_exchange import RingExchange
 from .tokens import Shards, tokens_text
@@ -71,18 +72,21 @@ class Exchanges:
             )
         _refuse_unreadable(site, name)
         mask = mask_of(site, name)
-        if why := self._why_ring(site):
-            ring = Ring(q, site.call.causal, self.asked.ranks, self.asked.rank, self.asked.group)
-            return RingExchange(site, ring, mask, self.shards, why, name)
-        split = HeadSplit.of(site.call.heads, site.call.kv_heads, self.asked.ranks)
-        return Exchange(site, Ulysses(q, split, self.asked.rank, self.asked.group), mask, self.shards)
+        ways = self.asked.split(site.call.heads)
+        heads = HeadSplit.of(site.call.heads, site.call.kv_heads, ways.ulysses)
+        within = Ulysses(of_group(q, ways), heads, self.asked.group_rank, self.asked.group)
+        if ways.ring == 1:
+            return Exchange(site, within, mask, self.shards, self.asked.wire)
+        ring = Ring(of_groups(q, ways), site.call.causal, ways.ring, self.asked.ring_rank, self.asked.ring_group)
+        why = str(heads) if ways.ulysses > 1 else self._why_ring(site)
+        if self.asked.wire == "int8":
+            why += "; not as INT8: a ring passes on what it is given"
+        return RingExchange(site, ring, within if ways.ulysses > 1 else None, mask, self.shards, why, name)
 
     def _why_ring(self, site: CallSite) -> str:
-        """Why a ring, and not Ulysses; "" where it is not one."""
-        if self.asked.method == "ring":
-            return "asked for"
+        """Why a ring alone."""
         heads, ranks = site.call.heads, self.asked.ranks
-        return f"{heads} heads are too few for {ranks} ranks" if self.asked.method == "auto" and heads < ranks else ""
+        return f"{heads} heads are too few for {ranks} ranks" if self.asked.method == "auto" else "asked for"
 
     def refuse_hidden(self, graph: fx.Graph) -> None:
         """Raise if a graph whose sites are exchanged has attention over shards that is no site.
@@ -92,6 +96,20 @@ class Exchanges:
         """
         if self.asked.ranks > 1:
             self.shards.refuse_mixed(graph)
+
+    def refuse_untold(self, graphs: Iterable[fx.Graph]) -> None:
+        """Raise if the graphs of a module that has attention do not show what is a shard, and nobody said so.
+
+        Raises:
+            ParallelError: what they are given may be shards, and would be taken for whole sequences.
+        """
+        told = self.asked.ranks == 1 or self.asked.tokens is not None
+        if not told and not any(map(self.shards.are_made_in, graphs)):
+            raise ParallelError(
+                "parallel: a graph with attention must make its shards, or be told of them by tokens, got neither: "
+                "what it is given may be shards of a graph before it. Compile with fullgraph=True, give "
+                "ContextParallel(mesh, tokens=...), or leave parallel out where every rank has all tokens."
+            )
 
     def _pieces(self, site: CallSite) -> tuple[tuple[Piece, ...], ...]:
         if self.asked.tokens is None:
@@ -131,6 +149,10 @@ class Stay:
         """The decision for the heads of this rank: all."""
         return decision
 
+    def decided(self, _decision: Decision) -> Stay:
+        """The exchange for what was decided: nothing."""
+        return self
+
     def communication(self, _handed: dict[str, fx.Node]) -> Communication | None:
         """What is sent: nothing."""
         return Communication("none", self.why) if self.why else None
@@ -149,12 +171,16 @@ class Exchange:
         ulysses: how.
         mask: the mask over the whole sequence, or None.
         shards: which tokens are shards; learns what is made.
+        wire: what queries and keys travel as.
+        unrounded: why they do not travel as was asked; "" where they do.
     """
 
     site: CallSite
     ulysses: Ulysses
     mask: fx.Node | None
     shards: Shards
+    wire: Wire = "exact"
+    unrounded: str = ""
 
     @property
     def whole(self) -> CallSite:
@@ -163,13 +189,16 @@ class Exchange:
         call = replace(self.site.call, seq_q=tokens, seq_k=tokens, kind="self", dynamic=())
         return replace(self.site, call=with_mask(call, self.site.node, self.mask))
 
+    def decided(self, decision: Decision) -> Exchange:
+        """The exchange for what was decided: nothing is rounded for attention that does not round it itself."""
+        if self.wire == "exact" or (decision.backend and backend(decision.backend).integer_qk):
+            return self
+        why = f"; not as INT8: {decision.backend or 'dense attention'} reads queries and keys unrounded"
+        return replace(self, wire="exact", unrounded=why)
+
     def of_rank(self, decision: Decision) -> Decision:
         """The decision for this rank's heads: a parameter that has a value for each head gets theirs."""
-        if decision.backend is None:
-            return decision
-        known = {param.name: param for param in backend(decision.backend).params}
-        params = tuple((name, self._own(known[name], value)) for name, value in decision.params)
-        return replace(decision, params=params)
+        return of_rank(decision, self.ulysses.heads, self.ulysses.rank)
 
     def communication(self, handed: dict[str, fx.Node]) -> Communication:
         """What it sends, with what the module of the site hands over."""
@@ -177,8 +206,13 @@ class Exchange:
         own = [(split.own, self.site.q), (split.own_kv, self.site.k), (split.own_kv, self.site.v)]
         own += [(split.own, tensor) for tensor in _with_tokens(handed).values()]
         batch, dims = int(value_of(self.site.q).shape[0]), [(heads, _channels(node)) for heads, node in own]
-        elements = payload(self.ulysses, dims, batch, _channels(self.site.v))
-        return Communication("ulysses", str(split), 2, elements * value_of(self.site.node).element_size())
+        size = value_of(self.site.node).element_size()
+        back = size * payload(self.ulysses, [], batch, _channels(self.site.v))
+        if self.wire == "int8":
+            there = int8_wire.bytes_to_heads(self.ulysses, dims, batch, size)
+            return Communication("ulysses, INT8", str(split), 2, there + back)
+        there = size * payload(self.ulysses, dims, batch, 0)
+        return Communication("ulysses", f"{split}{self.unrounded}", 2, there + back)
 
     def insert(self, handed: dict[str, fx.Node]) -> tuple[CallSite, dict[str, fx.Node]]:
         """Put it into the graph, around the node of the site.
@@ -214,7 +248,10 @@ class Exchange:
         dtype = value_of(node).dtype  # under autocast the operands still have theirs, and more bytes
 
         def send(*tensors: Tensor) -> list[Tensor]:
-            return self.ulysses.to_heads(*(tensor.to(dtype) for tensor in tensors))
+            q, k, *others = (tensor.to(dtype) for tensor in tensors)
+            if self.wire == "int8":
+                return int8_wire.to_heads(self.ulysses, q, k, *others)
+            return self.ulysses.to_heads(q, k, *others)
 
         sent = inline(node, send, operands, like=node)
         for before, after in zip(operands, sent, strict=True):
@@ -228,16 +265,6 @@ class Exchange:
         if self.mask is None or shape is None or len(shape) < 3 or shape[-3] == 1:
             return [] if self.mask is None else [self.mask]
         return inline(self.site.node, lambda mask: [self.ulysses.own_heads(mask)], [self.mask], like=self.site.node)
-
-    def _own(self, param: Param, value: ParamValue) -> ParamValue:
-        """A parameter's value for this rank's heads, which is another only where every head has its own."""
-        heads = self.ulysses.heads
-        if isinstance(value, Schedule):
-            return replace(value, values=tuple(self._own(param, entry) for entry in value.values))  # type: ignore[misc]
-        if not isinstance(value, tuple) or not (param.repeats or (param.tensor and type(param.default) is not tuple)):
-            return value
-        each = len(param.default) if isinstance(param.default, tuple) else 1
-        return heads.of_rank(self.ulysses.rank, value) if len(value) == each * heads.heads > each else value
 
 
 def _refuse_unreadable(site: CallSite, name: str) -> None:

@@ -52,7 +52,7 @@ def shard_model(model: nn.Module, mesh: DeviceMesh, plan: Plan | None = None) ->
 
     Args:
         model: not compiled yet, or compiled with `model.compile`.
-        mesh: a DeviceMesh of one dimension.
+        mesh: a DeviceMesh of one dimension, or of two, (ring, ulysses).
         plan: where; None for the one that is known for the model's class.
 
     Raises:

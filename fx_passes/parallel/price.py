@@ -11,6 +11,7 @@ import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import cast
 
 from ...attn_ops.call import AttentionCall
 from ...attn_ops.capability import Capability
@@ -24,10 +25,12 @@ from ...lowering.decision import Decision
 from ...lowering.head_split import HeadSplit
 from ..asked_density import asked_density
 from ..report import Report, Row
+from . import ring_sparse
 from .communication import NO_SHARDS, Communication
+from .in_parts import IN_PARTS
+from .ring import Ring
+from .ulysses import Piece
 
-_IN_PARTS = (None, "flash", "block_topk")
-"""Backends that a ring can ask for attention to a part of the keys; None is dense attention."""
 _OWN_QUERIES = "keys and values are on every rank: each answers its own queries"
 
 
@@ -87,14 +90,33 @@ def _priced(row: Row, sizes: tuple[int, ...], attend: Attend, cluster: Cluster, 
     if call.kind == "self" and sharded and ranks > 1:
         layout = row.decision.layout or call.layout
         text = layout.text_tokens if layout else 0
-        ways = _ways(row, sizes)
-        costs = [parallel_cost(call, split, attend, cluster, text_tokens=text) for split in ways]
+        costs = [
+            parallel_cost(call, split, attend, cluster, text_tokens=text) + _choosing(row, split, cluster)
+            for split in _ways(row, sizes)
+        ]
         best = costs[0]
         sent = Communication(str(best.split), _why(call, costs), best.collectives, best.sent)
         return replace(row, communication=sent, cost=best)
     part = call if call.kind == "self" else replace(call, seq_q=local_tokens(call.seq_q, ranks))
     stays = ParallelCost(Split(1, 1), attention=attend(part))
     return replace(row, communication=Communication("none", NO_SHARDS if part is call else _OWN_QUERIES), cost=stays)
+
+
+def _choosing(row: Row, split: Split, cluster: Cluster) -> ParallelCost:
+    """The sums of blocks that a ring gathers before anything else; nothing for exact attention."""
+    if row.decision.backend != "block_topk" or split.ring == 1:
+        return ParallelCost(split)
+    call, params = row.call, dict(backend("block_topk").complete(row.decision.params))
+    layout, heads = row.decision.layout or call.layout, HeadSplit.of(call.heads, call.kv_heads, split.ulysses)
+    text = layout.text_tokens if layout else 0
+    video = call.seq_q - text
+    pieces = [Piece(local_tokens(video, split.ranks) * split.ulysses, video, sharded=True)]
+    pieces.insert(0 if layout and layout.text_first else 1, Piece(text, text, sharded=False))
+    ring = Ring(tuple(pieces), call.causal, split.ring, 0, "")
+    blocks = cast(int, params["block_q"]), cast(int, params["block_k"])
+    sent = ring_sparse.payload(ring, heads.own, heads.own_kv, call.head_dim, call.batch, blocks)
+    waiting = cluster.link(split.ranks).seconds(sent)
+    return ParallelCost(split, sent=sent, collectives=1, links=waiting, waiting=waiting)
 
 
 def _ways(row: Row, sizes: tuple[int, ...]) -> list[Split]:
@@ -104,7 +126,7 @@ def _ways(row: Row, sizes: tuple[int, ...]) -> list[Split]:
         ParallelError: if they cannot.
     """
     ring, ulysses = sizes if len(sizes) == 2 else (1, sizes[0])
-    in_parts, chosen = row.decision.backend in _IN_PARTS, Split(ulysses, ring)
+    in_parts, chosen = row.decision.backend in IN_PARTS, Split(ulysses, ring)
     if ring > 1 and not in_parts:
         raise ParallelError(
             f"mesh: the ring must be 1 for {row.name}, got {ring}: {row.decision.backend} cannot attend to a part of "

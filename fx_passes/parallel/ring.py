@@ -21,23 +21,45 @@ from .ulysses import Piece
 Part = tuple[Tensor, Tensor]
 """Attention to some of the keys: out (B, Hq, S, D) and lse (B, Hq, S)."""
 
-Attend = Callable[[Tensor, Tensor, Tensor, int, bool], Part]
-"""(q, k, v, rank whose keys they are, causal) -> part."""
+Attend = Callable[[Tensor, Tensor, Tensor, "Runs", "Runs", bool], list[Part]]
+"""(q, k, v, which of the queries, which of the keys, causal) -> attention of these queries to these keys, in parts.
+
+A part is of the queries with the padding after each of their runs. Causal are only queries and keys of one same run.
+"""
+
+Method = Callable[["Ring", Tensor, Tensor], tuple[Attend, Tensor | None]]
+"""(ring, q, k of this rank) -> how to attend; what was received to know that, or None: rings pass on after it."""
 
 _TOKENS = 2  # dimension of the tokens in (B, H, S, D)
 
 
 @dataclass(frozen=True)
 class Run:
-    """Tokens that lie next to each other: at `place` of a tensor, and from `first` of the whole sequence on."""
+    """Tokens that lie next to each other: at `place` of a tensor, and from `first` of the whole sequence on.
+
+    Args:
+        place: of the first one in a tensor.
+        first: its place in the whole sequence.
+        size: how many.
+        padding: so many more follow in the tensor that are none of the sequence.
+    """
 
     place: int
     first: int
     size: int
+    padding: int = 0
 
-    def of(self, tensor: Tensor, size: int | None = None) -> Tensor:
-        """These tokens of (B, H, S, D); or so many from the first."""
-        return tensor.narrow(_TOKENS, self.place, self.size if size is None else size)
+    def of(self, tensor: Tensor) -> Tensor:
+        """These tokens of (B, H, S, D)."""
+        return tensor.narrow(_TOKENS, self.place, self.size)
+
+    @property
+    def padded(self) -> Run:
+        """With the padding as if it were of the sequence."""
+        return Run(self.place, self.first, self.size + self.padding)
+
+
+Runs = Sequence[Run]
 
 
 @dataclass(frozen=True)
@@ -58,32 +80,40 @@ class Ring:
     rank: int
     group: str
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, attention: Attend) -> Tensor:
+    @property
+    def tokens(self) -> int:
+        """Tokens of the whole sequence, padding excluded."""
+        return sum(piece.whole for piece in self.pieces)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, method: Method) -> Tensor:
         """Attention of this rank's queries to the keys of all.
 
         Args:
             q: (B, Hq, local, D), padding included.
             k: (B, Hkv, local, D).
             v: (B, Hkv, local, D).
-            attention: attends to a part of the keys.
+            method: how to attend to a part of the keys.
 
         Returns:
             (B, Hq, local, D), q's dtype. What stands for padding is finite, and means nothing.
         """
+        attention, received = method(self, q, k)
         held = torch.stack([self._shards(k), self._shards(v)])
-        queries = list(self._queries())
+        held = held if received is None else after(received, held)
+        queries = self._queries()
         parts: list[list[Part]] = [[] for _ in queries]
         for step in range(self.ranks):
             source = (self.rank - step) % self.ranks
             held = self._pass_on(held) if step else held
             keys, values = (held[0], held[1]) if step else (k, v)
-            runs, before = list(self._keys(source, whole=not step)), sum(map(len, parts))
+            runs, before = self.runs(source, whole=not step), sum(map(len, parts))
             for query, found in zip(queries, parts, strict=True):
-                for key, value, causal in self._seen(query, runs, keys, values):
-                    found.append(attention(query.of(q), key, value, source, causal))
-        outs = [merge(found).to(q.dtype) for found in parts]
+                for seen, causal in self._seen(query, runs):
+                    found += attention(q, keys, values, query, seen, causal)
+        each = zip(queries, parts, strict=True)
+        outs = [merge(found).to(q.dtype) if found else _nothing(q, query) for query, found in each]
         out = outs[0] if len(outs) == 1 else torch.cat(outs, dim=_TOKENS)
-        return out if sum(map(len, parts)) > before else _tied(out, held)  # `held` came last
+        return out if sum(map(len, parts)) > before else after(held, out)  # `held` came last
 
     def _shards(self, tensor: Tensor) -> Tensor:
         """What travels of (B, H, local, D): the tokens that others do not have."""
@@ -91,42 +121,38 @@ class Ring:
         sharded = [part for part, piece in zip(split, self.pieces, strict=True) if piece.sharded]
         return sharded[0] if len(sharded) == 1 else torch.cat(sharded, dim=_TOKENS)
 
-    def _queries(self) -> Iterator[Run]:
-        """The queries of this rank, padding included: all at once where all see the same keys."""
-        if not self.causal:
-            yield Run(0, 0, sum(piece.local for piece in self.pieces))
-            return
-        place = first = 0
-        for piece in self.pieces:
-            yield Run(place, first + (self.rank * piece.local if piece.sharded else 0), piece.local)
-            place, first = place + piece.local, first + piece.whole
-
-    def _keys(self, source: int, *, whole: bool) -> Iterator[Run]:
-        """The keys that a rank has, padding excluded: all that it holds (whole), or what travels."""
-        place = first = 0
+    def runs(self, source: int, *, whole: bool) -> list[Run]:
+        """The tokens that a rank has: all that it holds (whole), or what travels."""
+        place, first, found = 0, 0, []
         for piece in self.pieces:
             if piece.sharded:
                 before = min(source * piece.local, piece.whole)
-                yield Run(place, first + before, min(piece.local, piece.whole - before))
+                size = min(piece.local, piece.whole - before)
+                found.append(Run(place, first + before, size, piece.local - size))
             elif whole:
-                yield Run(place, first, piece.whole)
+                found.append(Run(place, first, piece.whole))
             place += piece.local if piece.sharded or whole else 0
             first += piece.whole
+        return found
 
-    def _seen(
-        self, query: Run, runs: Sequence[Run], keys: Tensor, values: Tensor
-    ) -> Iterator[tuple[Tensor, Tensor, bool]]:
-        """What some queries see of the keys and values of one rank, and whether causally."""
-        runs = [run for run in runs if run.size]
+    def _queries(self) -> list[Runs]:
+        """The queries of this rank: all at once where all see the same keys."""
+        runs = self.runs(self.rank, whole=True)
+        return [[run] for run in runs] if self.causal else [runs]
+
+    def _seen(self, queries: Runs, keys: Runs) -> Iterator[tuple[Runs, bool]]:
+        """What some queries see of the keys of one rank, and whether causally."""
+        keys = [run for run in keys if run.size]
         if not self.causal:
-            if runs:
-                yield _cut(runs, keys), _cut(runs, values), False
+            if keys:
+                yield keys, False
             return
-        for run in runs:
-            if run.first + run.size <= query.first:
-                yield run.of(keys), run.of(values), False
-            elif run.first == query.first:  # as many keys as queries: no query sees the padding after it
-                yield run.of(keys, query.size), run.of(values, query.size), True
+        (query,) = queries
+        for run in keys:
+            if run == query:
+                yield [run], True
+            elif run.first + run.size <= query.first:
+                yield [run], False
 
     def _pass_on(self, held: Tensor) -> Tensor:
         """Hand what is held, (2, ...), to the next rank; what the previous one held."""
@@ -158,21 +184,26 @@ def _finite(lse: Tensor) -> Tensor:
     return lse.masked_fill(lse == -torch.inf, -1e30)
 
 
-def _cut(runs: Sequence[Run], tensor: Tensor) -> Tensor:
+def cut(runs: Runs, tensor: Tensor) -> Tensor:
     """The runs one after the other: a view where they are neighbours."""
     if all(one.place + one.size == two.place for one, two in itertools.pairwise(runs)):
-        return runs[0].of(tensor, sum(run.size for run in runs))
+        return tensor.narrow(_TOKENS, runs[0].place, sum(run.size for run in runs))
     return torch.cat([run.of(tensor) for run in runs], dim=_TOKENS)
 
 
-def _tied(out: Tensor, held: Tensor) -> Tensor:
-    """`out` itself, as if it were made with what came last, which no query of this rank sees.
+def _nothing(q: Tensor, queries: Runs) -> Tensor:
+    """The output of padding alone."""
+    return torch.zeros_like(cut([run.padded for run in queries], q))
+
+
+def after(came: Tensor, tensor: Tensor) -> Tensor:
+    """`tensor` itself, as if it were made with what came, which nothing on this rank may need.
 
     Every rank must take part in every step, and in the same order: backward too, so that also a gradient that is zero
-    has to wait for the gradient of `out`.
+    has to wait for the gradient of `tensor`.
     """
-    zero: Tensor = ZEROS_AFTER(held, ())
-    return out + zero.to(out.dtype)
+    zero: Tensor = ZEROS_AFTER(came, ())
+    return tensor + zero.to(tensor.dtype)
 
 
 def payload(ring: Ring, kv_heads: int, head_dim: int, batch: int) -> int:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ...attn_ops.errors import ArgumentError
 from ...attn_ops.sharding import SHARD_TOKENS, WHOLE_MASK, local_tokens
+from ...lowering.context_parallel import rank_of
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -20,13 +21,13 @@ def shard(x: Tensor, mesh: DeviceMesh, dim: int = 1) -> Tensor:
 
     Args:
         x: (..., S, ...), the tokens at dimension `dim`.
-        mesh: a DeviceMesh of one dimension.
+        mesh: a DeviceMesh of one dimension, or of two, (ring, ulysses).
         dim: dimension of the tokens.
 
     Returns:
         (..., ceil(S / ranks), ...): the last ranks have copies of the last token where the ranks do not divide S.
     """
-    local: Tensor = SHARD_TOKENS(x, dim % x.dim(), mesh.size(), mesh.get_local_rank())
+    local: Tensor = SHARD_TOKENS(x, dim % x.dim(), mesh.size(), rank_of(mesh))
     return local
 
 
@@ -38,7 +39,7 @@ def gather(x: Tensor, mesh: DeviceMesh, dim: int = 1, tokens: int | None = None)
 
     Args:
         x: (..., ceil(S / ranks), ...), as `shard` gives.
-        mesh: a DeviceMesh of one dimension.
+        mesh: a DeviceMesh of one dimension, or of two, (ring, ulysses).
         dim: dimension of the tokens.
         tokens: S; None if the ranks divide it.
 
@@ -52,7 +53,9 @@ def gather(x: Tensor, mesh: DeviceMesh, dim: int = 1, tokens: int | None = None)
     if local_tokens(tokens, ranks) != x.shape[dim]:
         must = f"be those of {ranks} shards of {x.shape[dim]}"
         raise ArgumentError("gather", "tokens", must, tokens, "Give the number that `shard` was given.")
-    gathered: Tensor = all_gather_tensor_autograd(x.contiguous(), dim, (mesh, 0))
+    gathered = x.contiguous()
+    for of_mesh in reversed(range(mesh.ndim)):
+        gathered = all_gather_tensor_autograd(gathered, dim, (mesh, of_mesh))
     return gathered.narrow(dim, 0, tokens)
 
 

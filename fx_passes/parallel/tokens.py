@@ -74,6 +74,10 @@ class Shards(Grids):
                     f"{_place(node)} sees the tokens of one rank. Use that, or gather before it."
                 )
 
+    def are_made_in(self, graph: fx.Graph) -> bool:
+        """Whether a graph itself makes shards, and does not only get them."""
+        return any(node.target in _SHARD for node in graph.nodes)
+
     def _mixes(self, node: fx.Node, operand: fx.Node) -> bool:
         """Whether a dimension of shards goes into a node and does not come out."""
         through = flow(node)

@@ -16,7 +16,7 @@ from ...attn_ops.blocks.sliding_tiles import fitted, window_lists
 from ...attn_ops.blocks.sparge_map import sparge_block_map
 from ...attn_ops.blocks.tile_selection import TilePlan, choose_tiles
 from ...attn_ops.blocks.tiles import Tiling
-from ...attn_ops.heads import per_query_head
+from ...attn_ops.kernels.coarse_branch import coarse_branch
 from ...attn_ops.video_layout import VideoLayout
 
 
@@ -80,7 +80,7 @@ def _vsa(site: Site, given: Parameters) -> BlockIndex:
     tiling = site.tiling(given["tile"])
     sizes = tiling.sizes(site.q.device)
     mean_q, mean_k = (block_mean(tiling.to_tiles(x), tiling.volume, sizes) for x in (site.q, site.k))
-    scores = site.scale * mean_q @ per_query_head(mean_k, mean_q.shape[1]).mT
+    scores = coarse_branch(mean_q, mean_k, None, site.scale).scores
     plan = TilePlan(tiling, tiling, False, given["sparsity"], site.scale)
     index, count = choose_tiles(scores, given.get("sparsities"), plan)
     return _of_tiles(tiling, index, count, None if tiling.is_full else sizes)

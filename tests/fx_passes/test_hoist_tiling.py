@@ -107,7 +107,7 @@ def _rewritten(model: nn.Module, *inputs: Tensor, policy: object = VSA) -> torch
 
 
 @pytest.mark.parametrize("policy", [VSA, STA], ids=["vsa", "sta"])
-@pytest.mark.parametrize("layers", [1, 2, 5])
+@pytest.mark.parametrize("layers", [1, 2, 3])
 def test_two_permutations_and_one_of_the_table_are_left_however_many_layers(layers: int, policy: object) -> None:
     model = Transformer(layers).eval()
     assert _both(model, *_inputs(), policy=policy) == Hoisted(layers, 4 * layers, 3)
@@ -168,14 +168,14 @@ def test_dynamic_sizes_compile_again_for_another_grid() -> None:
                 x = block(x, text, rope, shift)
             return x.transpose(1, 2)
 
-    model = Any().eval()
+    model = Any(1).eval()
     run = _compiled(model, DENSE_TILES, dynamic=True)
     for grid in ((2, 4, 6), (2, 2, 12), (2, 2, 6)):
         inputs = torch.randn(2, 3, *grid), *_inputs()[1:]
         with torch.no_grad():
             torch.testing.assert_close(run(*inputs), model(*inputs), rtol=1e-4, atol=1e-5)
         assert sparseattn.last_report().rows[0].decision.layout.grid == grid
-        assert sparseattn.last_report().hoisted.sites == 3
+        assert sparseattn.last_report().hoisted.sites == 1
 
 
 def test_an_exported_program() -> None:

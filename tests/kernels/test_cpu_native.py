@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from hypothesis import given
-from support import native_property, sanitized
+from support import sanitized
 from support.native_cases import Call, Case, cases, check_case, repeatable, tensor
 from torch import Tensor
 
@@ -188,13 +188,6 @@ def test_counts_out_of_range_are_refused(library: ctypes.CDLL) -> None:
         native.attention_backward(library, *given, *call.arguments, **call.settings)
 
 
-def test_random_calls_under_sanitizers(tmp_path: Path, request: pytest.FixtureRequest) -> None:
+def test_random_calls_under_sanitizers(tmp_path: Path, sanitized_cache: Path, request: pytest.FixtureRequest) -> None:
     """No stray access and no undefined behaviour; `--sanitized-calls 2000` is the long run."""
-    if why_not := sanitized.why_not(tmp_path):
-        pytest.skip(f"no sanitizers: {why_not}")
-    calls = request.config.getoption("--sanitized-calls")
-    done = sanitized.run(tmp_path, "native_property.py", calls)
-    printed = done.stdout.splitlines() or ["nothing"]
-    assert printed[-1] == native_property.STRAY, f"{printed[-1]}\n{done.stderr[-3000:]}"
-    assert len(printed) > calls
-    assert "AddressSanitizer: heap-buffer-overflow" in done.stderr
+    sanitized.check_calls(tmp_path, sanitized_cache, "block_sparse", request.config.getoption("--sanitized-calls"))

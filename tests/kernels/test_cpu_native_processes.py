@@ -83,7 +83,7 @@ def test_a_killed_build_leaves_the_others_alone(
     assert_same_result(printed, "native kernel")
     assert not logged
     (file,) = (tmp_path / "cache").glob("*.so")
-    assert file.read_bytes() == kernel_file.read_bytes()
+    assert file.read_bytes().startswith(kernel_file.read_bytes())
 
     before = links(tmp_path)
     monkeypatch.setenv("CXX", compiler)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import given
-from support import quantized_property, sanitized
+from support import sanitized
 from support.native_cases import Case, cases, repeatable
 from support.quantized_cases import check_quantized, check_rounding, check_selection
 from torch import Tensor
@@ -176,10 +176,6 @@ def test_the_other_path_agrees() -> None:
     torch.testing.assert_close(lse_again, lse, rtol=1e-6, atol=1e-5)
 
 
-def test_random_calls_under_sanitizers(tmp_path: Path) -> None:
+def test_random_calls_under_sanitizers(tmp_path: Path, sanitized_cache: Path) -> None:
     """No stray access and no undefined behaviour."""
-    if why_not := sanitized.why_not(tmp_path):
-        pytest.skip(f"no sanitizers: {why_not}")
-    done = sanitized.run(tmp_path, "quantized_property.py", 12)
-    printed = done.stdout.splitlines() or ["nothing"]
-    assert printed[-1] == quantized_property.DONE, f"{printed[-1]}\n{done.stderr[-3000:]}"
+    sanitized.check_calls(tmp_path, sanitized_cache, "quantized", 12)

@@ -11,7 +11,7 @@ import torch
 from support.block_sparse_cases import Case, inputs, lists
 from support.triton_aot import SHARED_LIMIT, CompiledKernel, gpu
 from support.triton_interpreter import interpret, why_not_interpret
-from support.triton_launches import block_sparse_call
+from support.triton_launches import launch_fused_backward
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -192,18 +192,11 @@ def test_warns_where_a_warning_is_enough() -> None:
         empty_backward()
 
 
-def launch(head_dim: int, block_q: int, masked: bool, seq: tuple[int, int] = (256, 256), heads: int = 4) -> None:
-    """Launch on whole blocks, or with every mask there is: causal, short last blocks and key sizes."""
-    given, options = block_sparse_call(BF16, head_dim, (block_q, 64), masked, *seq, heads)
-    lse = torch.zeros(1, heads, seq[0])
-    attention_backward(given[0], lse if masked else None, given[0], lse, *given, **options)
-
-
 @pytest.mark.parametrize(("block_q", "masked"), [(64, False), (64, True), (128, True)])
 @pytest.mark.parametrize(("head_dim", "programs"), [(64, 2), (128, 1)])
 def test_compiled(head_dim: int, programs: int, block_q: int, masked: bool) -> None:
     with gpu(90) as kernels:
-        launch(head_dim, block_q, masked, (250, 256) if masked else (256, 256))
+        launch_fused_backward(head_dim, block_q, masked, (250, 256) if masked else (256, 256))
     assert [kernel.name for kernel in kernels] == ["_prepare", "_mark", "_list_rows", "fused_kernel"]
     assert all(kernel.spilled == 0 for kernel in kernels), kernels
     fused = kernels[-1]
@@ -223,7 +216,7 @@ def test_one_kernel_for_every_length_and_number_of_heads() -> None:
     with gpu(90) as kernels:
         for heads in (4, 16):
             for seq in ((1, 75), (16, 26), (100, 110), (1000, 523)):
-                launch(64, 64, True, seq, heads)
+                launch_fused_backward(64, 64, True, seq, heads)
     assert [len(kernel.launches) for kernel in kernels] == [8] * 4
 
 

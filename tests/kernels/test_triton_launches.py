@@ -11,6 +11,7 @@ from support.triton_aot import gpu
 from support.triton_launches import (
     launch_block_sparse,
     launch_block_sparse_backward,
+    launch_coarse,
     launch_linear_branch,
     launch_rounding,
     launch_sage,
@@ -50,6 +51,10 @@ def _select(seq: int) -> None:
 LAUNCHES: dict[str, tuple[Callable[[int], None], list[str]]] = {
     # With and without a short last block, whose mask takes registers.
     "block_sparse": (lambda seq: launch_block_sparse(BF16, 64, 64, False, seq, seq), ["_forward"] * 2),
+    "block_sparse descriptors": (
+        lambda seq: launch_block_sparse(BF16, 64, 64, False, seq, seq, descriptors=True),
+        ["_forward"] * 2,
+    ),
     "sage": (
         lambda seq: launch_sage(BF16, 64, "fp8", False, seq, seq),
         ["sum_parts_kernel", "round_kernel", *["_forward"] * 2],
@@ -67,6 +72,7 @@ LAUNCHES: dict[str, tuple[Callable[[int], None], list[str]]] = {
         lambda seq: launch_linear_branch(BF16, 64, seq=seq),
         ["_sum_states", "_fold", "_add_branch"],
     ),
+    "coarse": (lambda seq: launch_coarse(64, tiles=-(-seq // 8)), ["_attend"]),
     "pool": (_pool, ["_block_mean"]),
     "select": (_select, ["_top_k", "_count_to_mass"]),
 }

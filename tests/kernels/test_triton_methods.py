@@ -12,14 +12,14 @@ from torch import Tensor
 
 from sparseattn import Capability
 from sparseattn.attn_ops.call import AttentionCall
-from sparseattn.attn_ops.kernels import sla
+from sparseattn.attn_ops.kernels import coarse_branch, sla
 from sparseattn.attn_ops.registry import backend
 from sparseattn.attn_ops.spec import Kernel
 
 pytestmark = [
     pytest.mark.skipif(bool(why_not_interpret()), reason=why_not_interpret()),
     # Of a key that does not exist, weights are computed and thrown away.
-    pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning"),
+    pytest.mark.filterwarnings("ignore:(overflow|invalid value|divide by zero) encountered:RuntimeWarning"),
 ]
 
 GRID = [3, 6, 8]
@@ -29,6 +29,7 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "block_topk, causal": ("block_topk_attention", {"block_q": 32, "block_k": 16, "keep_ratio": 0.4, "causal": True}),
     "sla": ("sparse_linear_attention", {"block_q": 32, "block_k": 16, "keep_ratio": 0.4}),
     "vsa": ("video_sparse_attention", {"grid": GRID, "tile": [2, 4, 4], "sparsity": 0.5}),
+    "vsa, no gate": ("video_sparse_attention", {"grid": GRID, "tile": [2, 4, 4], "sparsity": 0.5}),
     "sta": ("sliding_tile_attention", {"grid": GRID, "tile": [2, 4, 4], "window": [1, 1, 2] + 3 * [3] + [2, 2, 1] * 2}),
     "vmoba": ("vmoba_attention", {"grid": GRID, "chunk": [3, 3, 4], "topk": 2}),
 }
@@ -58,7 +59,8 @@ def _on_an_h200(monkeypatch: pytest.MonkeyPatch) -> None:
         module = importlib.import_module(f"sparseattn.attn_ops.backends.{name}")
         monkeypatch.setattr(module, "forward_kernel", lambda *args, **given: kernel(False, *args, **given))
         monkeypatch.setattr(module, "backward_kernel", lambda *args, **given: kernel(True, *args, **given))
-    monkeypatch.setattr(sla, "runs_triton", lambda device: True)
+    for module in (sla, coarse_branch):
+        monkeypatch.setattr(module, "runs_triton", lambda device: True)
 
 
 def tensors(name: str, dtype: torch.dtype) -> list[Tensor]:

@@ -10,6 +10,7 @@ from support.triton_interpreter import interpret, why_not_interpret
 from support.triton_launches import launch_rounding
 from torch import Tensor
 
+from sparseattn.attn_ops.errors import ArgumentError
 from sparseattn.attn_ops.kernels.triton.quantize import Rounded, Rounding, round_operands, round_values
 from sparseattn.attn_ops.numerics.block_rounding import round_qk, round_v_fp8
 from sparseattn.attn_ops.numerics.quantize import GROUPS, LARGEST, Groups, quantize_qk, quantize_v_fp8, without_mean
@@ -107,6 +108,12 @@ def test_values_alone_are_rounded_alike(pv: str, smooth_v: bool) -> None:
 
 
 @interpreted
+def test_a_mean_of_all_tokens_and_scales_of_some_are_refused() -> None:
+    how = Rounding(Groups(32), Groups(32), "fp8", smooth_v=True, growing_block=32)
+    with pytest.raises(ArgumentError, match=r"growing_block must be None with smooth_v, .*got 32"):
+        round_operands(*operands(), how)
+
+
 def test_of_any_numbers_few_integers_differ_and_by_one() -> None:
     """A mean adds in another order here: its last bits, and what lies next to a half, may differ."""
     q, k, v = torch.randn(1, 2, 500, 64), torch.randn(1, 2, 500, 64) + 3, torch.randn(1, 2, 500, 64)

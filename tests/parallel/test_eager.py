@@ -10,7 +10,6 @@ import torch
 import torch.distributed as dist
 from support.distributed_attention_cases import METHODS
 from support.dtensor_cases import OPS
-from support.ranks import run
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -25,9 +24,10 @@ forked = pytest.mark.skipif(not hasattr(os, "fork"), reason="the ranks are forke
 
 
 @pytest.fixture(scope="module")
-def two() -> dict[str, list[Any]]:
+def two(launched: Any) -> dict[str, list[Any]]:
     """All cases on two ranks."""
-    return run("support.sharded_eager", 2)
+    found: dict[str, list[Any]] = launched("support.sharded_eager", 2)
+    return found
 
 
 @pytest.fixture(scope="module")

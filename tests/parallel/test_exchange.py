@@ -11,6 +11,7 @@ import torch.distributed as dist
 from support.attention_model import Blocks
 from support.graphs import capture, count
 from torch import Tensor, fx
+from torch._dynamo.exc import BackendCompilerFailed
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.nn.functional import scaled_dot_product_attention
 from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -21,6 +22,12 @@ from sparseattn.fx_passes.rewrite import rewrite_graph
 
 RANKS, HEADS, CHANNELS = 4, 4, 64
 EXACT, DENSE = Policy.preset("exact"), Policy((), name="dense")
+SAGE = Policy([Rule("sage", mode="require")])
+
+
+def topk(block_q: int = 16, block_k: int = 16) -> Policy:
+    """A policy of block_topk."""
+    return Policy([Rule("block_topk", mode="require", params={"block_q": block_q, "block_k": block_k})], name="topk")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -84,6 +91,37 @@ def test_bytes_are_those_of_shards_that_leave(mesh: DeviceMesh) -> None:
     assert report.to_dict()["sites"][0]["communication"]["sent"] == 4 * one_way
 
 
+def test_what_is_rounded_anyway_travels_as_int8(mesh: DeviceMesh) -> None:
+    x = torch.randn(2, 13, CHANNELS)
+    with torch.no_grad():
+        graph, report = _exchanged(Sharing(mesh, layers=1), x, mesh=mesh, policy=SAGE, wire="int8")
+    there, back = (node for node in graph.graph.nodes if "all_to_all" in str(node.target))
+    assert there.meta["example_value"].dtype == torch.uint8
+    assert back.meta["example_value"].dtype == torch.float32
+    assert report.rows[0].communication is not None
+    local, own, dim, others = 4, 1, 16, RANKS - 1
+    row = own * (2 * (dim + 4) + dim * 4)  # one token more: the mean of k
+    sent = others * 2 * ((local + 1) * row + local * own * dim * 4)
+    assert (report.rows[0].communication.method, report.rows[0].communication.sent) == ("ulysses, INT8", sent)
+
+
+@pytest.mark.parametrize(
+    ("asked", "told"),
+    [
+        ({"policy": EXACT}, "flash reads queries and keys unrounded"),
+        ({"policy": DENSE}, "dense attention reads queries and keys unrounded"),
+        ({"policy": EXACT, "method": "ring"}, "a ring passes on what it is given"),
+    ],
+    ids=["flash", "dense", "ring"],
+)
+def test_what_is_not_rounded_travels_as_it_is(mesh: DeviceMesh, asked: dict[str, Any], told: str) -> None:
+    graph, report = _exchanged(Sharing(mesh, layers=1), torch.randn(2, 13, CHANNELS), mesh=mesh, wire="int8", **asked)
+    sent = [node.meta["example_value"].dtype for node in graph.graph.nodes if "all_to_all" in str(node.target)]
+    assert set(sent) == {torch.float32}
+    assert report.rows[0].communication is not None
+    assert f"; not as INT8: {told}" in report.rows[0].communication.why
+
+
 def test_under_autocast_half_as_many_bytes_are_sent(mesh: DeviceMesh) -> None:
     def halved(q: Tensor) -> Tensor:
         with torch.autocast("cpu", torch.bfloat16):
@@ -115,6 +153,28 @@ def test_tokens_on_every_rank_are_not_sent(mesh: DeviceMesh) -> None:
     assert report.rows[0].communication is not None
     assert report.rows[0].communication.why == "every rank holds all of its tokens"
     assert "parallel: no site has shards. Call sparseattn.parallel.shard_model" in str(report)
+
+
+def test_shards_behind_a_graph_break_are_an_error(mesh: DeviceMesh) -> None:
+    def broken(q: Tensor) -> Tensor:
+        q = parallel.shard(q, mesh, dim=2)
+        torch._dynamo.graph_break()
+        return _attend(q, q, q)
+
+    options = {"inner_backend": "eager", "parallel": parallel.ContextParallel(mesh)}
+    with pytest.raises(BackendCompilerFailed, match=r"must make its shards, or be told of them by tokens.*fullgraph"):
+        torch.compile(broken, backend="sparseattn", options=options)(torch.randn(1, 4, 13, 16))
+
+
+def test_whole_sequences_are_whole_where_the_tokens_are_told(mesh: DeviceMesh) -> None:
+    q = torch.randn(1, 4, 13, 16)
+    graph, report = _exchanged(_attend, q, q, q, mesh=mesh, tokens=101)
+    assert _collectives(graph) == 0
+    assert "parallel: no site has shards" in str(report)
+
+
+def test_a_graph_without_attention_may_be_given_shards(mesh: DeviceMesh) -> None:
+    assert not _exchanged(torch.sin, torch.randn(4), mesh=mesh)[1].rows
 
 
 def test_a_graph_that_is_not_parallel_is_left_alone() -> None:
@@ -219,6 +279,42 @@ def test_a_causal_ring_computes_what_is_not_in_the_future(mesh: DeviceMesh) -> N
     assert count(graph, torch.ops.sparseattn.flash_attention.default) == 2  # this is rank 1
 
 
+@pytest.mark.parametrize("causal", [False, True])
+def test_blocks_are_chosen_before_the_ring(mesh: DeviceMesh, causal: bool) -> None:
+    model = Sharing(mesh, layers=1, is_causal=causal)
+    graph, report = _exchanged(model, torch.randn(2, 128, CHANNELS), mesh=mesh, policy=topk(), method="ring")
+    assert _collectives(graph) == RANKS - 1
+    assert count(graph, torch.ops._c10d_functional.all_gather_into_tensor.default) == 1
+    assert count(graph, torch.ops.sparseattn.choose_by_sums.default) == 1
+    assert count(graph, torch.ops.sparseattn.block_sparse_attention.default) == (
+        2 if causal else RANKS
+    )  # this is rank 1
+    moved, (blocks, others) = report.rows[0].communication, (128 // RANKS // 16, RANKS - 1)
+    assert moved is not None
+    assert moved.collectives == RANKS
+    assert moved.sent == others * 2 * (2 * 32 + blocks) * CHANNELS * 4
+    assert report.rows[0].decision.backend == "block_topk"
+
+
+def test_a_mesh_of_two_dimensions_is_a_ring_of_groups(mesh: DeviceMesh) -> None:
+    of_two = init_device_mesh("cpu", (2, 2))
+    graph, report = _exchanged(Sharing(of_two, layers=1), torch.randn(2, 13, CHANNELS), mesh=of_two)
+    assert _collectives(graph) == 2 + 1
+    moved, local, own = report.rows[0].communication, 4, CHANNELS // 2
+    assert moved is not None
+    assert (moved.method, moved.why, moved.collectives) == ("hybrid 2 x 2", "4 heads on 2 ranks, 2 on each", 3)
+    assert moved.sent == 4 * (2 * 4 * local * own + 2 * 2 * (2 * local) * own)
+
+
+def test_a_mesh_with_a_dimension_of_one_is_a_ring_or_ulysses(mesh: DeviceMesh) -> None:
+    for shape, method in (((1, 4), "ulysses"), ((4, 1), "ring")):
+        flat = init_device_mesh("cpu", shape)
+        graph, report = _exchanged(Sharing(flat, layers=1), torch.randn(2, 13, CHANNELS), mesh=flat, method="hybrid")
+        assert _collectives(graph) == (2 if method == "ulysses" else RANKS - 1)
+        assert report.rows[0].communication is not None
+        assert report.rows[0].communication.method == method
+
+
 def test_fewer_heads_than_ranks_are_a_ring(mesh: DeviceMesh) -> None:
     _, report = _exchanged(_shared_by(mesh), torch.randn(1, 3, 13, 16), mesh=mesh)
     assert report.rows[0].communication is not None
@@ -231,14 +327,17 @@ def test_fewer_heads_than_ranks_are_a_ring(mesh: DeviceMesh) -> None:
     [
         ({"dropout_p": 0.5}, DENSE, "got dropout at"),
         ({"attn_mask": torch.ones(16, 16).tril(3) > 0}, DENSE, "got a bool mask at"),
-        ({}, Policy([Rule("block_topk", mode="require")]), "block_topk"),
+        ({}, Policy([Rule("sla", mode="require")]), "got sla at"),
+        ({"is_causal": True}, topk(block_q=32), "got causal block_topk with block_q=32 and block_k=16, whose blocks"),
     ],
-    ids=["dropout", "mask", "sparse"],
+    ids=["dropout", "mask", "sparse", "blocks"],
 )
 def test_what_a_ring_cannot_compute_is_an_error(
     mesh: DeviceMesh, arguments: dict[str, Any], policy: Policy, told: str
 ) -> None:
-    with pytest.raises(ParallelError, match=rf"a ring must compute exact attention, causal or not, .*{told}"):
+    with pytest.raises(
+        ParallelError, match=rf"a ring must compute exact attention or block_topk, causal or not, .*{told}"
+    ):
         _exchanged(_shared_by(mesh, **arguments), torch.randn(1, 4, 16, 16), mesh=mesh, policy=policy, method="ring")
 
 
@@ -261,7 +360,9 @@ def test_text_given_by_number(mesh: DeviceMesh) -> None:
 @pytest.mark.parametrize(
     ("asked", "told"),
     [
-        ({"method": "rings"}, "method must be one of ulysses, ring, auto, got 'rings'"),
+        ({"method": "rings"}, "method must be one of ulysses, ring, hybrid, auto, got 'rings'"),
+        ({"method": "hybrid"}, "method must be ulysses, ring or auto on a mesh of 1 dimension, got 'hybrid'"),
+        ({"wire": "int4"}, "wire must be one of exact, int8, got 'int4'"),
         ({"tokens": 0}, "tokens must be an int of at least 1, got 0"),
         ({"text_tokens": 3}, "text_tokens and text_first must come with tokens"),
     ],
@@ -271,9 +372,13 @@ def test_wrong_wishes_are_refused(mesh: DeviceMesh, asked: dict[str, Any], told:
         parallel.ContextParallel(mesh, **asked)
 
 
-def test_a_mesh_has_one_dimension() -> None:
-    with pytest.raises(PolicyError, match="mesh must be a DeviceMesh of one dimension, got 2 dimensions"):
-        parallel.ContextParallel(init_device_mesh("cpu", (2, 2)))
+def test_a_mesh_has_one_dimension_or_two() -> None:
+    with pytest.raises(
+        PolicyError, match=r"mesh must be a DeviceMesh of one dimension, or of two .*, got 3 dimensions"
+    ):
+        parallel.ContextParallel(init_device_mesh("cpu", (1, 2, 2)))
+    with pytest.raises(PolicyError, match="method must be hybrid or auto on a mesh of 2 dimensions, got 'ring'"):
+        parallel.ContextParallel(init_device_mesh("cpu", (2, 2)), method="ring")
     with pytest.raises(PolicyError, match="got int"):
         parallel.ContextParallel(4)
 

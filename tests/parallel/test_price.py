@@ -16,13 +16,15 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.functional import scaled_dot_product_attention
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from sparseattn import Policy, Report, explain, parallel
+from sparseattn import Policy, Report, Rule, explain, parallel
 from sparseattn.attn_ops.capability import Capability
 from sparseattn.attn_ops.errors import ParallelError, PolicyError
 from sparseattn.fx_passes.parallel.price import price
 from sparseattn.fx_passes.rewrite import rewrite_graph
 
 SM90 = Capability.of("sm90")
+EXACT = Policy.preset("exact")
+TOPK = Policy([Rule("block_topk", params={"block_q": 16, "block_k": 16}, mode="require")], name="topk")
 SPARSE = {"rules": [{"use": "block_topk", "params": {"keep_ratio": 0.25}}]}
 
 
@@ -51,17 +53,25 @@ def rank() -> Iterator[None]:
     dist.destroy_process_group()
 
 
-def test_the_bytes_are_those_of_the_exchange_itself(rank: None) -> None:
-    mesh, x = init_device_mesh("cpu", (4,)), torch.randn(2, 13, 64)
+@pytest.mark.parametrize(
+    ("shape", "policy"),
+    [((4,), EXACT), ((2, 2), EXACT), ((4, 1), TOPK), ((2, 2), TOPK)],
+    ids=lambda value: getattr(value, "name", None),
+)
+def test_the_bytes_are_those_of_the_exchange_itself(rank: None, shape: tuple[int, ...], policy: Policy) -> None:
+    mesh, x = init_device_mesh("cpu", shape), torch.randn(2, 61, 64)
 
     class Sharing(Blocks):
         def forward(self, x: Tensor) -> Tensor:
             return super().forward(parallel.shard(x, mesh))
 
     asked = parallel.ContextParallel(mesh)
-    made = rewrite_graph(capture(Sharing(heads=4), x), Policy.preset("exact"), parallel=asked)
-    priced = explain(Blocks(heads=4), x, policy="exact", capability="sm90", mesh=(4,))
-    told = [[(row.communication.method, row.communication.sent) for row in report.rows] for report in (made, priced)]
+    made = rewrite_graph(capture(Sharing(heads=4), x), policy, parallel=asked)
+    priced = explain(Blocks(heads=4), x, policy=policy, capability="sm90", mesh=shape)
+    told = [
+        [(row.communication.method, row.communication.collectives, row.communication.sent) for row in report.rows]
+        for report in (made, priced)
+    ]
     assert told[0] == told[1]
     assert len(told[0]) == 2
 
@@ -108,6 +118,14 @@ def test_a_sparse_site_computes_less_and_sends_as_much(inputs: tuple[Tensor, Ten
     assert sparse.decision.backend == "block_topk"
     assert sparse.cost.attention < 0.5 * dense.cost.attention
     assert (sparse.cost.sent, sparse.cost.waiting) == (dense.cost.sent, dense.cost.waiting)
+
+
+def test_on_a_ring_it_sends_the_sums_of_its_blocks_too(inputs: tuple[Tensor, Tensor]) -> None:
+    dense, sparse = (_explained(inputs, (2, 1), policy).rows[1] for policy in ("exact", SPARSE))
+    blocks, heads, head_dim = 8192 // 64 // 2, 6, 64
+    assert sparse.cost.sent == dense.cost.sent + blocks * heads * head_dim * 4
+    assert sparse.cost.collectives == dense.cost.collectives + 1
+    assert sparse.cost.waiting > dense.cost.waiting
 
 
 def test_what_the_data_decide_is_priced_in_full(inputs: tuple[Tensor, Tensor]) -> None:

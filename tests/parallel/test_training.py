@@ -6,16 +6,16 @@ import os
 from typing import Any
 
 import pytest
-from support.ranks import run
 
 CLOSE, LEAST_MOVE = 1e-5, 1e-3
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="the ranks are forked")
 
 
 @pytest.fixture(scope="module")
-def four() -> dict[str, list[Any]]:
+def four(launched: Any) -> dict[str, list[Any]]:
     """All cases on four ranks."""
-    return run("support.sharded_training", 4)
+    found: dict[str, list[Any]] = launched("support.sharded_by_four", 4)
+    return found
 
 
 @pytest.mark.parametrize("case", ["whole", "regional"])

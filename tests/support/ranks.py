@@ -7,6 +7,7 @@ Run as a program, it is that Python. A rank that dies, or that is not done in ti
 
 from __future__ import annotations
 
+import gc
 import importlib
 import json
 import os
@@ -24,6 +25,12 @@ from typing import Any
 TESTS = Path(__file__).parents[1]
 TIMEOUT = 400
 """Seconds for all cases of one group, on a machine that does much else."""
+FRESH_GRAPHS = {
+    "TORCHINDUCTOR_FX_GRAPH_CACHE": "0",
+    "TORCHINDUCTOR_AUTOGRAD_CACHE": "0",
+    "TORCHINDUCTOR_COMPILE_THREADS": "1",
+}
+"""Every rank compiles its graphs; the C++ that they have in common is compiled once, by the rank that needs it."""
 
 
 def run(module: str, ranks: int, cases: str = "CASES", timeout: float = TIMEOUT) -> dict[str, list[Any]]:
@@ -37,7 +44,7 @@ def run(module: str, ranks: int, cases: str = "CASES", timeout: float = TIMEOUT)
     """
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-W", "ignore", __file__, module, cases, str(ranks), folder, str(timeout)]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1"}
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", **FRESH_GRAPHS}
         done = subprocess.run(command, capture_output=True, text=True, cwd=TESTS, env=environment, check=False)
         assert done.returncode == 0, done.stderr[-6000:]
         files = [Path(folder) / f"{rank}.json" for rank in range(ranks)]
@@ -80,9 +87,12 @@ def main(module: str, cases: str, ranks: int, folder: str, timeout: float) -> in
     import torch.distributed as dist
 
     functions: dict[str, Callable[[int, int], Any]] = getattr(importlib.import_module(module), cases)
+    torch.set_num_threads(1)
+    torch.compile(torch.sin, backend="aot_eager")(torch.zeros(1))  # what compiling imports, for all ranks
+    gc.collect()
+    gc.freeze()  # what the ranks share is not looked through, and so copied, by each
 
     def work(rank: int) -> None:
-        torch.set_num_threads(1)
         store = dist.FileStore(f"{folder}/store", ranks)
         dist.init_process_group(
             "gloo", store=store, rank=rank, world_size=ranks, timeout=timedelta(seconds=timeout / 2)

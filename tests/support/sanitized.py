@@ -1,4 +1,4 @@
-"""Programs whose native kernel is compiled with the address and undefined-behaviour sanitizers."""
+"""Random calls of native kernels that are compiled with the address and undefined-behaviour sanitizers."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+from support.native_property import STRAY
+
 import sparseattn
 from sparseattn.attn_ops.kernels.cpu.native.build import compiler_command
 
@@ -16,7 +19,18 @@ _FLAGS = "-O0 -fsanitize=address,undefined -fno-sanitize-recover=all"
 _TESTS = Path(__file__).parents[1]
 
 
-def why_not(folder: Path) -> str:
+def check_calls(folder: Path, cache: Path, kind: str, calls: int) -> None:
+    """Assert that so many random calls agree and do nothing a sanitizer stops; `cache` keeps the kernel."""
+    if why := _why_not(folder):
+        pytest.skip(f"no sanitizers: {why}")
+    done = _run(folder, cache, "native_property.py", kind, calls)
+    printed = done.stdout.splitlines() or ["nothing"]
+    assert printed[-1] == STRAY, f"{printed[-1]}\n{done.stderr[-3000:]}"
+    assert len(printed) > calls
+    assert "AddressSanitizer: heap-buffer-overflow" in done.stderr
+
+
+def _why_not(folder: Path) -> str:
     """Why the compiler has no sanitizers, or "". Writes to `folder`."""
     empty, program = folder / "empty.cpp", folder / "empty.so"
     empty.write_text("")
@@ -27,14 +41,14 @@ def why_not(folder: Path) -> str:
     return "" if os.path.isabs(_runtime()) else "there is no libasan.so"
 
 
-def run(folder: Path, script: str, *arguments: object) -> subprocess.CompletedProcess[str]:
-    """A script of tests/support, in a process that builds its own kernel, in `folder`, and uses it."""
+def _run(folder: Path, cache: Path, script: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    """A script of tests/support, in a process that builds its own kernel, or finds it in `cache`, and uses it."""
     return subprocess.run(
         [sys.executable, str(_TESTS / "support" / script), *map(str, arguments)],
         env={
             **os.environ,
             "CXX": _compiler(folder),
-            "SPARSEATTN_CACHE_DIR": str(folder / "cache"),
+            "SPARSEATTN_CACHE_DIR": str(cache),
             "SPARSEATTN_CPU_KERNEL": "1",
             "LD_PRELOAD": _runtime(),
             "ASAN_OPTIONS": "detect_leaks=0",  # the interpreter's own

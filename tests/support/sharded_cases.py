@@ -111,4 +111,4 @@ OPS = {
 }
 FEW = {"a few": partial(ops, kv_heads=2, grad=True, names=("flash", "vsa"))}
 MODELS = {name: partial(model, name) for name in ("llama", "wan")}
-MORE_MODELS = {name: partial(model, name) for name in sharded_models.MODELS if name not in MODELS}
+EVERY_MODEL = {name: partial(model, name) for name in sharded_models.MODELS}

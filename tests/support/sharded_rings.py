@@ -6,10 +6,10 @@ from functools import partial
 from typing import Any
 
 import torch
-from support.sharded_cases import compare, mesh_of
+from support.sharded_cases import compare
 from support.sharded_runs import options_of
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.nn.functional import scaled_dot_product_attention
 
 import sparseattn
@@ -54,17 +54,30 @@ def attention(
     kv_heads: int = HEADS,
     tokens: int = TOKENS,
     policy: Any = "exact",
+    mesh: tuple[int, ...] = (),
 ) -> dict[str, float]:
-    """Results and gradients of one attention, batch 2."""
-    mesh, sizes = mesh_of(ranks), (HEADS, kv_heads, kv_heads)
+    """Results and gradients of one attention, batch 2: on one rank by the same policy."""
+    shared, sizes = init_device_mesh("cpu", mesh or (ranks,)), (HEADS, kv_heads, kv_heads)
     video = [torch.randn(2, size, tokens, HEAD_DIM) for size in sizes]
     text = [torch.randn(2, size, TEXT, HEAD_DIM) for size in sizes]
-    whole, parts = (Joint(on, text_first=text_first, causal=causal) for on in (None, mesh))
-    parts.compile(backend="sparseattn", fullgraph=True, options=options_of(mesh, "ring", policy=policy))
+    whole, parts = (Joint(on, text_first=text_first, causal=causal) for on in (None, shared))
+    options = options_of(shared, "auto" if mesh else "ring", policy=policy)
+    parts.compile(backend="sparseattn", fullgraph=True, options=options)
+    blocks = isinstance(policy, dict) and bool(policy["rules"])
+    if blocks:
+        whole.compile(backend="sparseattn", fullgraph=True, options={**options, "parallel": None})
     far = compare(whole, parts, (video, text), ranks, grad=True)
     (row,) = sparseattn.last_report().rows
-    assert (row.communication.method, row.communication.collectives) == ("ring", ranks - 1)
+    if rank or not blocks:  # on rank 0 it may be that of the whole
+        method, collectives = (f"hybrid {mesh[1]} x {mesh[0]}", mesh[0] + 1) if mesh else ("ring", ranks - 1)
+        assert (row.communication.method, row.communication.collectives) == (method, collectives + blocks)
     return far
+
+
+def topk(keep_ratio: Any = 0.4, block_q: int = 16, block_k: int = 16) -> dict[str, Any]:
+    """A policy of block_topk."""
+    params = {"keep_ratio": keep_ratio, "block_q": block_q, "block_k": block_k}
+    return {"name": "topk", "rules": [{"use": "block_topk", "mode": "require", "params": params}]}
 
 
 RINGS = {
@@ -74,4 +87,18 @@ RINGS = {
     "causal, text": partial(attention, text_first=False, causal=True, kv_heads=1),
     "causal, text first": partial(attention, text_first=True, causal=True),
     "a rank without tokens": partial(attention, tokens=4, kv_heads=1),
+    "blocks": partial(attention, tokens=192, policy=topk(block_q=32)),
+    "blocks on several ranks, text": partial(
+        attention, tokens=157, kv_heads=2, text_first=False, policy=topk([0.2, 0.3, 0.5, 0.7], block_q=32)
+    ),
+    "blocks, causal, text first": partial(
+        attention, tokens=157, kv_heads=1, causal=True, text_first=True, policy=topk()
+    ),
+    "all in one block": partial(attention, tokens=4, causal=True, policy=topk()),
+}
+HYBRIDS = {
+    "hybrid": partial(attention, mesh=(2, 2), kv_heads=2, text_first=False, causal=True),
+    "hybrid, blocks": partial(
+        attention, mesh=(2, 2), tokens=157, kv_heads=2, text_first=True, policy=topk([0.2, 0.3, 0.5, 0.7])
+    ),
 }

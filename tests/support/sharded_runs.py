@@ -6,12 +6,13 @@ import os
 import time
 from datetime import timedelta
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
+from support import sharded_wire
 from support.attention_model import Blocks
-from support.sharded_cases import compare, compiled, distance, mesh_of
+from support.sharded_cases import FEW, compare, compiled, distance, mesh_of
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.utils.checkpoint import checkpoint
@@ -63,7 +64,7 @@ def causal(rank: int, ranks: int) -> dict[str, float]:
 def inductor(rank: int, ranks: int, *, method: str = "ulysses") -> dict[str, float]:
     """The same by Inductor; causal on a ring, where ranks have different graphs."""
     mesh = mesh_of(ranks)
-    arguments = {"is_causal": method == "ring", "layers": 1 if method == "ring" else 2}
+    arguments: dict[str, Any] = {"is_causal": method == "ring", "layers": 1}
     whole, parts = Shared(None, **arguments), Shared(mesh, **arguments)
     options = options_of(mesh, method, inner_backend="inductor")
     parts.compile(backend="sparseattn", fullgraph=True, options=options)
@@ -107,17 +108,19 @@ def steps(rank: int, ranks: int) -> dict[str, int]:
     return {"graphs": len(graphs), "forward": exchanges[0], "backward": exchanges[1]}
 
 
-def counted(rank: int, ranks: int, *, method: str = "auto") -> dict[str, int]:
+def counted(rank: int, ranks: int, *, policy: Any = "exact", **asked: Any) -> dict[str, int]:
     """Bytes of the report, and those that a wrapped process group was given for other ranks."""
     if not hasattr(dist.Backend, "COUNTING"):
         dist.Backend.register_backend("counting", Counting.create, devices=["cpu"])
     group = dist.new_group(backend="counting")
     mesh = DeviceMesh.from_group(group, "cpu")
     parts = Shared(mesh)
-    parts.compile(backend="sparseattn", fullgraph=True, options=options_of(mesh, method))
+    options = options_of(mesh, policy=policy, parallel=parallel.ContextParallel(mesh, **asked))
+    parts.compile(backend="sparseattn", fullgraph=True, options=options)
     with torch.no_grad():
         parts(_x())
         Counting.sent = Counting.calls = 0
+        Counting.gathered = []
         parts(_x())
     rows = sparseattn.last_report().rows
     return {
@@ -125,6 +128,7 @@ def counted(rank: int, ranks: int, *, method: str = "auto") -> dict[str, int]:
         "collectives": sum(row.communication.collectives for row in rows),
         "sent": Counting.sent,
         "calls": Counting.calls,
+        "gathered": sum(Counting.gathered[:-1]) * (ranks - 1),  # the last is the output
     }
 
 
@@ -132,6 +136,7 @@ class Counting(dist.ProcessGroup):
     """Gloo, that counts what it is given to exchange."""
 
     sent = calls = 0
+    gathered: ClassVar[list[int]] = []
 
     def __init__(self, inner: Any, rank: int, size: int) -> None:
         super().__init__(rank, size)
@@ -159,6 +164,7 @@ class Counting(dist.ProcessGroup):
         return self.inner.allgather(*given)
 
     def allgather_into_tensor_coalesced(self, outs: list[Tensor], given: list[Tensor], *_how: Any) -> Any:
+        Counting.gathered += [part.nbytes for part in given]
         return self.inner.allgather([list(out.chunk(self.size())) for out in outs], given)
 
 
@@ -209,6 +215,12 @@ def _error(call: Any) -> str:
     return ""
 
 
+def topk() -> dict[str, Any]:
+    """A policy of block_topk."""
+    params = {"keep_ratio": 0.5, "block_q": 16, "block_k": 16}
+    return {"name": "topk", "rules": [{"use": "block_topk", "mode": "require", "params": params}]}
+
+
 def options_of(mesh: DeviceMesh, method: Any = "auto", **more: Any) -> dict[str, Any]:
     """Options of the backend."""
     asked = parallel.ContextParallel(mesh, method=method)
@@ -225,7 +237,10 @@ RUNS = {
     "too_many_ranks": too_many_ranks,
     "inductor": inductor,
     "ring_counted": partial(counted, method="ring"),
+    "blocks_counted": partial(counted, policy=topk(), method="ring"),
+    "int8_counted": partial(counted, policy={"rules": [{"use": "sage", "mode": "require"}]}, wire="int8"),
+    "int8": sharded_wire.CASES["shifted"],
     "ring_inductor": partial(inductor, method="ring"),
+    **FEW,
 }
-LOST = {"lost": lost}
-LATE = {"late": late}
+MISSED = {"late": late, "lost": lost}

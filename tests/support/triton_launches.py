@@ -7,7 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparseattn.attn_ops.kernels.triton import block_sparse, block_sparse_backward, sage, sparge
+from sparseattn.attn_ops.kernels.triton import (
+    block_sparse,
+    block_sparse_backward,
+    block_sparse_fused_backward,
+    coarse,
+    sage,
+    sparge,
+)
 from sparseattn.attn_ops.kernels.triton.linear_branch import add_linear_branch
 from sparseattn.attn_ops.kernels.triton.quantize import Rounding, round_operands
 from sparseattn.attn_ops.numerics.quantize import GROUPS
@@ -19,11 +26,19 @@ def qkv(dtype: torch.dtype, head_dim: int, seq_q: int, seq_k: int, heads: int = 
 
 
 def launch_block_sparse(
-    dtype: torch.dtype, head_dim: int, block: int, masked: bool, seq_q: int = 256, seq_k: int = 256, heads: int = 4
+    dtype: torch.dtype,
+    head_dim: int,
+    block: int,
+    masked: bool,
+    seq_q: int = 256,
+    seq_k: int = 256,
+    heads: int = 4,
+    *,
+    descriptors: bool = False,
 ) -> None:
     """Launch on whole blocks, or with every mask there is: causal, short last block and key sizes."""
     given, options = block_sparse_call(dtype, head_dim, (block, block), masked, seq_q, seq_k, heads)
-    block_sparse.attention(*given, **options)
+    block_sparse.attention(*given, **options, descriptors=descriptors)
 
 
 def launch_block_sparse_backward(
@@ -37,9 +52,22 @@ def launch_block_sparse_backward(
 ) -> None:
     """Likewise the gradients, with masks through lse too."""
     given, options = block_sparse_call(dtype, head_dim, blocks, masked, seq_q, seq_k, heads)
-    lse = torch.zeros(1, heads, seq_q)
-    results = given[0], lse if masked else None, given[0], lse
-    block_sparse_backward.attention_backward(*results, *given, **options)
+    block_sparse_backward.attention_backward(*_results(given[0], masked), *given, **options)
+
+
+def launch_fused_backward(
+    head_dim: int, block_q: int, masked: bool, seq: tuple[int, int] = (256, 256), heads: int = 4
+) -> None:
+    """Likewise those by the fused kernel, in bf16."""
+    given, options = block_sparse_call(torch.bfloat16, head_dim, (block_q, 64), masked, *seq, heads)
+    block_sparse_fused_backward.attention_backward(*_results(given[0], masked), *given, **options)
+
+
+def _results(q: Tensor | None, through_lse: bool) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+    """grad_out, grad_lse, out and lse."""
+    assert q is not None
+    lse = torch.zeros(q.shape[:-1])
+    return q, lse if through_lse else None, q, lse
 
 
 def block_sparse_call(
@@ -102,3 +130,8 @@ def launch_linear_branch(dtype: torch.dtype, head_dim: int, heads: int = 4, seq:
     q, k, v = qkv(dtype, head_dim, seq, seq, heads)
     weight, bias = torch.zeros(head_dim, head_dim), torch.zeros(head_dim)
     add_linear_branch(torch.empty_like(q), q, k, v, weight, bias, feature_map="softmax")
+
+
+def launch_coarse(head_dim: int, heads: int = 4, tiles: int = 100) -> None:
+    """VSA's coarse branch, between means of tiles."""
+    coarse.attend(*qkv(torch.float32, head_dim, tiles, tiles, heads), 0.1)

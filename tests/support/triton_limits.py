@@ -25,6 +25,8 @@ from support.triton_aot import ARCHS, CompiledKernel, gpu
 from support.triton_launches import (
     launch_block_sparse,
     launch_block_sparse_backward,
+    launch_coarse,
+    launch_fused_backward,
     launch_linear_branch,
     launch_rounding,
     launch_sage,
@@ -47,9 +49,16 @@ def _cases() -> dict[str, tuple[int, Launch]]:
             "block_sparse": functools.partial(launch_block_sparse, BF16, dim, 64, False),
             "block_sparse causal": functools.partial(launch_block_sparse, BF16, dim, 64, True),
             "block_sparse_backward causal": functools.partial(launch_block_sparse_backward, BF16, dim, (64, 64), True),
+            "coarse": functools.partial(launch_coarse, dim),
             "linear_branch": functools.partial(launch_linear_branch, BF16, dim),
             "quantize": functools.partial(launch_rounding, BF16, dim, pvs[-1], False),
         }
+        if arch in (90, 100):
+            copied = functools.partial(launch_block_sparse, BF16, dim, 64, descriptors=True)
+            launches["block_sparse descriptors"] = functools.partial(copied, False)
+            launches["block_sparse descriptors causal"] = functools.partial(copied, True)
+        if arch == 90:
+            launches["block_sparse_fused_backward causal"] = functools.partial(launch_fused_backward, dim, 64, True)
         for pv in pvs:
             launches[f"sage {pv}"] = functools.partial(launch_sage, BF16, dim, pv, False)
             launches[f"sparge {pv}"] = functools.partial(launch_sparge, BF16, dim, pv, False)

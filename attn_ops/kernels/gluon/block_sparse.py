@@ -15,6 +15,7 @@ from triton.experimental.gluon import language as gl
 
 from ...layout import empty_result
 from ..triton.block_sparse import broadcast_strides
+from ..triton.descriptors import without_padding
 from ..triton.device import LOG2_E
 from ..triton.tiles import on_device
 from .descriptors import descriptor, readable
@@ -67,7 +68,7 @@ def attention(
     if block_index.stride(-1) != 1:
         block_index = block_index.contiguous()
     if key_sizes is not None:
-        v = _without_padding(v, key_sizes, block_k)
+        v = without_padding(v, key_sizes, block_k)
     q, k, v = map(readable, (q, k, v))
     (batch, heads, seq_q, dim), (kv_heads, seq_k) = q.shape, k.shape[1:3]
     out, lse = torch.empty_like(q), q.new_empty(q.shape[:-1], dtype=torch.float32)
@@ -93,13 +94,6 @@ overlapped_attention = functools.partial(attention, overlapped=True)
 def tile_rows(block_q: int) -> int:
     """Return the queries of a program: two warpgroups share keys and values where the block of queries has room."""
     return 128 if block_q % 128 == 0 else 64
-
-
-def _without_padding(v: Tensor, key_sizes: Tensor, block_k: int) -> Tensor:
-    """Return v with 0 for tokens that no block has: what they hold may be NaN, which a weight of 0 does not hide."""
-    token = torch.arange(v.shape[2], device=v.device)
-    exists = token % block_k < key_sizes.repeat_interleave(block_k)[: v.shape[2]]
-    return torch.where(exists.unsqueeze(-1), v, 0)
 
 
 @gluon.jit(

@@ -140,11 +140,14 @@ def weigh_block(scores, block, factor, about, total, top, PEAK_LOG2: gl.constexp
         scores = hide_missing(scores, block, Sizes, short_tail, KEYS, SCORES)
         weights, total, top, decay = weigh(scores, factor, total, top, HIDDEN, PEAK_LOG2)
     else:
-        token = block * KEYS + 2 * gl.arange(0, 4, per_thread_layout(KEYS, gl.num_warps()))
+        LAYOUT: gl.constexpr = per_thread_layout(KEYS, gl.num_warps())
+        token = 2 * gl.arange(0, 4, LAYOUT)
+        # In 64 bits, so that what is the same in every step stays apart from the block's offset.
+        KScale += token + block * gl.full([4], KEYS, gl.int64, LAYOUT)
         if short_tail is None:
-            k_scale = gl.load(KScale + token)
+            k_scale = gl.load(KScale)
         else:
-            k_scale = gl.load(KScale + token, mask=token < seq_k, other=0.0)
+            k_scale = gl.load(KScale, mask=block * KEYS + token < seq_k, other=0.0)
         scores = hide_missing(scores.to(gl.float32), block, Sizes, short_tail, KEYS, SCORES)
         weights, total, top, decay = weigh_integers(scores, factor, k_scale, total, top, HIDDEN, PEAK_LOG2, SCORES)
     return weights, total, top, decay

@@ -1,10 +1,13 @@
-"""Block-sparse attention, forward, in Triton: pointer loads, for sm_80 and newer.
+"""Block-sparse attention, forward, in Triton, for sm_80 and newer: pointer loads, or from sm_90 on the copy engine.
 
 One program computes one tile of queries of one head and walks its list of key blocks. The list ascends, so blocks that
-need no mask come first, and the few at the edge (causal diagonal, short last block) follow in a loop of their own.
+need no mask come first, and the few at the edge (causal diagonal, short last block) follow in a loop of their own. With
+descriptors the first loop takes a tile of keys and values by one copy; what is computed is the same, bit by bit.
 """
 
 from __future__ import annotations
+
+import functools
 
 import torch
 import triton
@@ -12,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...layout import empty_result
+from .descriptors import addressable, descriptor, without_padding
 from .device import LN_2, LOG2_E, finish, load, start, weigh
 from .tiles import block_sparse_tile, on_device, padded_head_dim, target_arch
 
@@ -31,6 +35,7 @@ def attention(
     block_k: int,
     causal: bool,
     scale: float,
+    descriptors: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Attention of every block of queries to its listed blocks of keys.
 
@@ -45,6 +50,8 @@ def attention(
         block_k: tokens of a block of keys.
         causal: token i sees keys 0 ... i (top-left).
         scale: factor on the scores.
+        descriptors: copy keys and values by descriptor where their rows start at multiples of 16 bytes; sm_90 or newer,
+            block_k a multiple of 16. With key_sizes, v is copied to clear its padding.
 
     Returns:
         out: like q; 0 in a row with no key.
@@ -56,14 +63,18 @@ def attention(
         q, scale = -q, -scale
     if block_index.stride(-1) != 1:
         block_index = block_index.contiguous()
+    descriptors = descriptors and addressable(k) and addressable(v)
+    if descriptors and key_sizes is not None:
+        v = without_padding(v, key_sizes, block_k)
     batch, heads, seq_q, head_dim = q.shape
     seq_k, dim = k.shape[2], padded_head_dim(head_dim)
     out, lse = torch.empty_like(q), q.new_empty(q.shape[:-1], dtype=torch.float32)
     with on_device(q):
         tile = block_sparse_tile(target_arch(), q.element_size(), dim, block_q, block_k)
         tiles_q = triton.cdiv(seq_q, block_q) * triton.cdiv(block_q, tile.rows)
+        copied = (descriptor(x, tile.keys, dim) if descriptors else None for x in (k, v))
         _forward[(tiles_q * heads * batch,)](
-            *(q, q.stride()[:3], k, k.stride()[:3], v, v.stride()[:3], out, out.stride()[:3], lse),
+            *(q, q.stride()[:3], k, k.stride()[:3], v, v.stride()[:3], *copied, out, out.stride()[:3], lse),
             *(block_index, *broadcast_strides(block_index), block_count, *broadcast_strides(block_count), key_sizes),
             *(max(scale, _LEAST_SCALE) * LOG2_E, tiles_q, heads, heads // k.shape[1], seq_q, seq_k),
             CAUSAL=causal,
@@ -78,6 +89,9 @@ def attention(
             num_stages=tile.stages,
         )
     return out, lse
+
+
+attention_by_descriptors = functools.partial(attention, descriptors=True)
 
 
 def broadcast_strides(tensor: Tensor) -> tuple[int, int, int]:
@@ -99,6 +113,8 @@ def _forward(
     k_strides,
     V,
     v_strides,
+    KTiles,
+    VTiles,
     Out,
     out_strides,
     Lse,
@@ -159,10 +175,11 @@ def _forward(
     state = start(ROWS, DIM)
     factors = tl.zeros([ROWS], tl.float32) + factor
     keys = (K, k_strides[2], V, v_strides[2], Sizes, seq_k)
-    state = _attend(state, q, factors, row, keys, Index, 0, whole, False, False, BLOCK_K, KEYS, HEAD_DIM)
+    copies, uncopied = (KTiles, VTiles, batch.to(tl.int32), kv_head.to(tl.int32)), (None, None, 0, 0)
+    state = _attend(state, q, factors, row, keys, copies, Index, 0, whole, False, False, BLOCK_K, KEYS, HEAD_DIM)
     if CAUSAL or SHORT_TAIL:
         state = _attend(
-            state, q, factors, row, keys, Index, whole, seen, CAUSAL, SHORT_TAIL, BLOCK_K, EDGE_KEYS, HEAD_DIM
+            state, q, factors, row, keys, uncopied, Index, whole, seen, CAUSAL, SHORT_TAIL, BLOCK_K, EDGE_KEYS, HEAD_DIM
         )
 
     out, lse = finish(state[0], state[1], state[2], 0.0)
@@ -192,6 +209,7 @@ def _attend(
     factors,
     row,
     keys,
+    copies,
     Index,
     first,
     stop,
@@ -205,6 +223,7 @@ def _attend(
     TILES_PER_BLOCK: tl.constexpr = (BLOCK_K + KEYS - 1) // KEYS
     acc, total, top = state
     K, k_stride, V, v_stride, Sizes, seq_k = keys
+    KTiles, VTiles, batch, kv_head = copies
     MASKED: tl.constexpr = SHORT_TAIL or BLOCK_K % KEYS != 0 or Sizes is not None
     DIM: tl.constexpr = q.shape[1]
     token = tl.arange(0, KEYS)
@@ -224,14 +243,20 @@ def _attend(
             channel = (dim < HEAD_DIM)[None, :]
             mask = channel if mask is None else mask & channel
         row_of_key = (begin + token)[:, None].to(tl.int64)
-        k = load(K + row_of_key * k_stride + dim[None, :], mask)
+        if KTiles is None:
+            k = load(K + row_of_key * k_stride + dim[None, :], mask)
+        else:
+            k = KTiles.load([batch, kv_head, begin, 0]).reshape(KEYS, DIM)
         scores = tl.dot(q, k.T, input_precision="ieee")
         if MASKED:
             scores = tl.where(exists[None, :], scores, float("-inf"))
         if CAUSAL:
             scores = tl.where((begin + token)[None, :] <= row[:, None], scores, float("-inf"))
         weights, total, top, decay = weigh(scores, factors, total, top, 0.0)
-        v = load(V + row_of_key * v_stride + dim[None, :], mask)
+        if VTiles is None:
+            v = load(V + row_of_key * v_stride + dim[None, :], mask)
+        else:
+            v = VTiles.load([batch, kv_head, begin, 0]).reshape(KEYS, DIM)
         acc = tl.dot(weights.to(v.dtype), v, acc * decay[:, None], input_precision="ieee")
         block = next_block
         if Sizes is not None:

@@ -13,6 +13,7 @@ import torch
 import triton
 from torch import Tensor
 
+from ...errors import ArgumentError
 from ...numerics.quantize import LARGEST, SMOOTH_Q_BLOCK, Groups
 from .quantize_parts import E4M3_MAX, LEAST_AMAX, PARTS, sum_parts_kernel
 from .quantize_round import ALIGNMENT, round_kernel, round_values_kernel
@@ -91,7 +92,14 @@ class Rounded(NamedTuple):
 
 
 def round_operands(q: Tensor, k: Tensor, v: Tensor, how: Rounding) -> Rounded:
-    """Round q: (B, Hq, Sq, D) and k, v: (B, Hkv, Sk, D), fp32, fp16 or bf16 with unit stride on D; Sk is at least 1."""
+    """Round q: (B, Hq, Sq, D) and k, v: (B, Hkv, Sk, D), fp32, fp16 or bf16 with unit stride on D; Sk is at least 1.
+
+    Raises:
+        ArgumentError: if v is to lose the mean of all its tokens and have scales of the blocks so far.
+    """
+    if how.smooth_v and how.growing_block is not None:
+        must = "be None with smooth_v, whose mean is that of all tokens"
+        raise ArgumentError("round_operands", "growing_block", must, how.growing_block, "Choose one of them.")
     (batch, heads, seq_q, head_dim), (kv_heads, seq_k) = q.shape, k.shape[1:3]
     mean_keys = seq_k if how.mean_keys is None else min(how.mean_keys, seq_k)
     q_tile, k_tile, dim = _GroupTile.of(how.q_groups), _GroupTile.of(how.k_groups), padded_head_dim(head_dim)

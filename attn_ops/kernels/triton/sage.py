@@ -104,7 +104,7 @@ def _launch(x: Rounded, q: Tensor, out: Tensor, *, causal: bool, scale: float) -
     """Fill out; q, as given, is read only where k has a mean. Returns out and lse."""
     batch, heads, seq_q, head_dim = q.shape
     kv_heads, seq_k, dim = *x.k.shape[1:3], padded_head_dim(head_dim, least=_LEAST_INT8_DIM)
-    tile, lse = sage_tile(dim), out.new_empty(out.shape[:-1], dtype=torch.float32)
+    tile, lse = sage_tile(target_arch(), dim), out.new_empty(out.shape[:-1], dtype=torch.float32)
     tiles_q = triton.cdiv(seq_q, tile.rows)
     _forward[(tiles_q * heads * batch,)](
         *(x.q, x.q.stride()[:3], x.q_scale, x.k, x.k.stride()[:3], x.k_scale, x.q_mean_scores),

@@ -75,7 +75,7 @@ def attention(
     out, lse = torch.empty_like(q), q.new_empty(q.shape[:-1], dtype=torch.float32)
     with on_device(q):
         arch, fp8 = target_arch(), pv == "fp8"
-        tile = sparge_tile(arch, dim, block_q, block_k, growing_scale=fp8 and causal)
+        tile = sparge_tile(arch, dim, block_q, block_k, fp8 and causal)
         if fp8 and arch < _FP8_ARCH:
             needs = f'pv="fp8" needs sm_{_FP8_ARCH} or newer, got sm_{arch}'
             raise UnsupportedError(f'sparge_attention: {needs}. Use pv="fp16".')

@@ -1,16 +1,19 @@
 """Tile sizes: what a program of a kernel computes at a time, by architecture, element size and head dimension.
 
-The tables hold what compiles without register spills and fits into shared memory; tests compile every entry.
+The tables hold what compiles without register spills and fits into shared memory; tests compile every entry. Where
+`sparseattn tune` has measured, its tile is returned, a neighbour of the table's: see `tuned_tiles`.
 """
 
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from typing import NamedTuple
 
 import torch
 import triton
 from torch import Tensor
+
+from .tile import Tile
+from .tuned_tiles import tunable
 
 _LEAST_TILE = 16
 _LEAST_FP8_KEYS = 32
@@ -19,15 +22,7 @@ TENSOR_MEMORY = (100, 103)
 _FAST_FP64 = (80, 90)
 
 
-class Tile(NamedTuple):
-    """Queries and keys of one step, warps of a program, and depth of the software pipeline."""
-
-    rows: int
-    keys: int
-    warps: int
-    stages: int
-
-
+@tunable(owned="rows", walked="keys")
 def block_sparse_tile(arch: int, itemsize: int, dim: int, block_q: int, block_k: int) -> Tile:
     """Return the tile of block-sparse attention for these blocks of queries and keys, and `dim` padded channels."""
     if itemsize == 4:  # without tensor cores: IEEE fp32 products are the contract
@@ -43,6 +38,7 @@ def block_sparse_tile(arch: int, itemsize: int, dim: int, block_q: int, block_k:
     return tile._replace(rows=_tile_within(block_q, tile.rows), keys=_tile_within(block_k, tile.keys))
 
 
+@tunable(owned="rows", walked="keys")
 def block_sparse_grad_q_tile(arch: int, itemsize: int, dim: int, block_q: int, block_k: int) -> Tile:
     """Return the tile of the gradient of queries, of `block_sparse_tile`'s arguments."""
     large = arch in _LARGE_SHARED_MEMORY
@@ -61,6 +57,7 @@ def block_sparse_grad_q_tile(arch: int, itemsize: int, dim: int, block_q: int, b
     return tile._replace(rows=_tile_within(block_q, tile.rows), keys=_tile_within(block_k, tile.keys))
 
 
+@tunable(owned="keys", walked="rows")
 def block_sparse_grad_kv_tile(arch: int, itemsize: int, dim: int, block_q: int, block_k: int) -> Tile:
     """Return the tile of the gradients of keys and values, of `block_sparse_tile`'s arguments."""
     large = arch in _LARGE_SHARED_MEMORY
@@ -76,18 +73,20 @@ def block_sparse_grad_kv_tile(arch: int, itemsize: int, dim: int, block_q: int, 
     return tile._replace(rows=_tile_within(block_q, tile.rows), keys=_tile_within(block_k, tile.keys))
 
 
-def sage_tile(dim: int) -> Tile:
+@tunable(owned="rows")  # half a tile of keys at the edge would be fewer than FP8 tensor cores sum over
+def sage_tile(arch: int, dim: int) -> Tile:  # noqa: ARG001  (it may be tuned for one)
     """Return the tile of quantized attention with `dim` padded channels, on every architecture."""
-    return Tile(128, 64, 8, 3) if dim <= 128 else Tile(64, 64, 8, 2)
+    return _quantized_tile(dim)
 
 
-def sparge_tile(arch: int, dim: int, block_q: int, block_k: int, growing_scale: bool = False) -> Tile:
+@tunable()  # the second stage of `sparge_attention` judges tiles: which they are is part of the result
+def sparge_tile(arch: int, dim: int, block_q: int, block_k: int, growing_scale: bool) -> Tile:
     """Return the tile of quantized attention within these blocks; FP8 tensor cores sum over 32 keys or more.
 
     A scale of V that grows takes registers, where the accumulator is not in them anyway.
     """
     keys = 32 if dim > 128 or (dim == 128 and growing_scale and arch in TENSOR_MEMORY) else 64
-    tile = sage_tile(dim)
+    tile = _quantized_tile(dim)
     rows, keys = _tile_within(block_q, tile.rows), max(_LEAST_FP8_KEYS, _tile_within(block_k, keys))
     return Tile(rows, keys, 8 if rows >= 128 or dim > 128 else 4, tile.stages)
 
@@ -110,6 +109,10 @@ def on_device(tensor: Tensor) -> AbstractContextManager[object]:
 def padded_head_dim(head_dim: int, least: int = _LEAST_TILE) -> int:
     """Return the power of two, at least `least`, that holds head_dim channels."""
     return max(least, int(triton.next_power_of_2(head_dim)))
+
+
+def _quantized_tile(dim: int) -> Tile:
+    return Tile(128, 64, 8, 3) if dim <= 128 else Tile(64, 64, 8, 2)
 
 
 def _tile_within(block: int, most: int) -> int:

@@ -1,7 +1,7 @@
 """Compile the native kernels on first use, into a cache that all processes of a user share.
 
-A file in the cache works or is absent: it is linked and loaded beside its place, then renamed into it. Its name tells
-the instruction set, the compiler's version and the source, so nothing in the cache is ever stale.
+A file in the cache works or is built anew: it is linked, loaded and sealed beside its place, then renamed into it. Its
+name tells the instruction set, the compiler's version and the source, so nothing in the cache is ever stale.
 """
 
 from __future__ import annotations
@@ -16,11 +16,13 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
+
+from ...cache_folder import cache_folders, locked, writable
 
 UNITS = ("block_sparse.cpp", "pooling.cpp", "quantized.cpp", "rounding.cpp", "selection.cpp")
 """What is compiled, each by itself."""
@@ -42,6 +44,9 @@ FLAGS = ("-std=c++17", "-O2", "-fPIC", "-fopenmp", "-fvisibility=hidden", "-fno-
 SWITCH = "SPARSEATTN_CPU_KERNEL"
 _COMPILERS = ("g++", "clang++", "c++")
 _TIMEOUT_SECONDS = 300.0
+_ABANDONED_SECONDS = 3600.0
+"""Age of a folder that no build can still be working in."""
+_SEAL = hashlib.sha256().digest_size
 
 
 class BuildError(Exception):
@@ -62,11 +67,11 @@ def library_path() -> tuple[Path, str]:
         for source in SOURCES:
             key.update((FOLDER / source).read_bytes())
         file = f"native-{name}-{key.hexdigest()[:16]}.so"
-        folders = _cache_folders()
+        folders = cache_folders()
         for folder in folders:
-            if os.path.exists(folder / file):  # False where it may not be looked for
+            if _works(folder / file):
                 return folder / file, name
-        target = _writable(folders) / file
+        target = writable(folders) / file
         _build(compiler, name, target)
     except OSError as error:
         raise BuildError(f"it cannot be stored or loaded: {error}") from error
@@ -133,36 +138,47 @@ def run_compiler(command: list[str]) -> str:
     return done.stdout
 
 
-def _cache_folders() -> list[Path]:
-    """Where to look for the kernel, best first."""
-    if given := os.environ.get("SPARSEATTN_CACHE_DIR"):
-        return [Path(given)]
-    cache = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    temporary = Path(tempfile.gettempdir()) / f"sparseattn_{os.getuid()}"
-    # What another user may have put in a shared folder is not loaded.
-    trusted = not temporary.exists() or temporary.stat().st_uid == os.getuid()
-    return [Path(cache) / "sparseattn", *([temporary] if trusted else [])]
-
-
-def _writable(folders: list[Path]) -> Path:
-    for folder in folders:
-        with contextlib.suppress(OSError):
-            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            if os.access(folder, os.W_OK):
-                return folder
-    raise BuildError(f"no cache folder can be written to: {', '.join(map(str, folders))}")
+def _works(file: Path) -> bool:
+    """Whether there is such a file, whole and loadable. What is cut off is not loaded: that would end the process."""
+    try:
+        content = file.read_bytes()
+        if hashlib.sha256(content[:-_SEAL]).digest() != content[-_SEAL:]:
+            return False
+        ctypes.CDLL(str(file))
+    except OSError:  # there is none, it may not be looked for, or it does not load
+        return False
+    return True
 
 
 def _build(compiler: list[str], instruction_set: str, target: Path) -> None:
-    with _locked(target.parent):
-        if target.exists():
+    with locked(target.parent):
+        if _works(target):
             return
+        _remove_abandoned(target.parent)
         with tempfile.TemporaryDirectory(dir=target.parent, prefix="build-") as work:
             output = os.path.join(work, target.name)
             objects = compile_units(compiler, instruction_set, work)
             run_compiler([*compiler, *objects, "-shared", "-fopenmp", "-o", output])
             ctypes.CDLL(output)
+            _seal(output)
             os.replace(output, target)
+
+
+def _seal(path: str) -> None:
+    """Append the digest of a library, which loaders do not read, and wait until the disk has both."""
+    with open(path, "r+b") as file:
+        digest = hashlib.sha256(file.read()).digest()
+        file.write(digest)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _remove_abandoned(folder: Path) -> None:
+    """What killed builds left behind."""
+    for work in folder.glob("build-*"):
+        with contextlib.suppress(OSError):
+            if time.time() - work.stat().st_mtime > _ABANDONED_SECONDS:
+                shutil.rmtree(work)
 
 
 def compile_units(
@@ -182,17 +198,3 @@ def compile_units(
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         return list(pool.map(compiled, UNITS))
-
-
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """One build at a time. Where folders cannot be locked there may be several, each of them harmless."""
-    import fcntl
-
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        with contextlib.suppress(OSError):
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
