@@ -26,9 +26,10 @@ from .layouts import Grids
 from .normalize import PASSES, opaque_sites
 from .notes import unmatched_rules, unshared
 from .parallel.communication import Communication
-from .parallel.exchange import Exchange, Exchanges, Stay
+from .parallel.exchange import Exchanges, Stay
 from .parallel.ring_exchange import RingExchange
 from .parallel.tokens import Shards
+from .parallel.ulysses_exchange import UlyssesExchange
 from .place_op import place_op
 from .probes import Probes
 from .report import Report, Row
@@ -133,7 +134,7 @@ class _Rewriter:
                 site, handed = exchange.insert(handed)
                 if not decision.is_dense:
                     decision = self._place(site, exchange.of_rank(decision), handed)
-                elif not isinstance(exchange, Exchange):
+                elif not isinstance(exchange, UlyssesExchange):
                     dense.add(site.node)
             rows.append(Row(asked.module, asked.source, asked.call, decision, communication=communication))
         for site_node, record in records.items():

@@ -3,7 +3,8 @@
     model = torch.compile(model, backend="sparseattn", options={"parallel": ContextParallel(mesh)})
 
 `tensors` (shard and gather) and `model` (hooks that do it inside a model, by its plan in `plans`) mark what is a shard;
-`tokens` follows it through the graph; `exchange` puts the collectives of `ulysses` around every site.
+`tokens` follows it through the graph; `exchange` knows what every site needs, `ulysses_exchange` and `ring_exchange`
+put it around the site.
 """
 
 from ...attn_ops.dtensor import register_dtensor

@@ -2,7 +2,7 @@
 
 Two collectives: queries, keys, values (and a gate) go out in one all-to-all, the output comes back in another. Text
 that every rank holds is not sent: each takes its heads of it, and its part of the output goes to all with the rest.
-Plain functions of tensors, which `exchange` traces into a graph; their gradients are the exact transposes.
+Plain functions of tensors, which `ulysses_exchange` traces into a graph; their gradients are the exact transposes.
 Paper: https://arxiv.org/abs/2309.14509.
 """
 
