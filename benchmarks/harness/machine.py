@@ -27,7 +27,7 @@ class Stamp:
 
     Args:
         device: what computed, for people: a CPU with its number of CPUs and instructions, or a GPU.
-        versions: Python, torch, CUDA and the optional packages that are installed.
+        versions: Python, torch, CUDA, the tiles of the Triton kernels, and the optional packages that are installed.
         commit: short hash of the source, with "+" if files differed from it; "unknown" outside a git checkout.
         date: UTC, ISO 8601 to the second.
     """
@@ -69,7 +69,9 @@ def _zen(fields: Mapping[str, str], flags: set[str]) -> str:
 def _versions(device: str) -> dict[str, str]:
     found = {"python": platform.python_version(), "torch": torch.__version__}
     if device == "cuda":
-        found["cuda"] = str(torch.version.cuda)
+        from sparseattn.attn_ops.kernels.triton.tuned_tiles import detail
+
+        found |= {"cuda": str(torch.version.cuda), "tiles": detail()}
     installed = {name: next(importlib.metadata.distributions(name=name), None) for name in _PACKAGES}
     return found | {name: one.version for name, one in installed.items() if one}
 
