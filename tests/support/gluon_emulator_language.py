@@ -187,7 +187,10 @@ def _store(pointer: Pointer, values: Tensor, mask: Any = None) -> None:
 
 
 def _warp_specialize(functions: Any, warps: Any, registers: Any = None) -> None:
-    """Run the partitions as threads."""
+    """Run the partitions as threads, one at a time: each until it waits for what has not come, as far ahead as it may.
+
+    What it does too early is then seen every time, not only when the threads happen to meet.
+    """
     here = _here()
     program, errors = here.program, []
     program.partitions = len(functions)
@@ -195,13 +198,13 @@ def _warp_specialize(functions: Any, warps: Any, registers: Any = None) -> None:
     def run(function: Callable[..., None], args: Any) -> None:
         partition = Partition(program, here.ids, here.warps)
         enter(partition)
-        try:
-            function(*args)
-            partition.end()
-        except Exception as error:
-            errors.append(error)
-            program.failed = True
         with program.changed:
+            try:
+                function(*args)
+                partition.end()
+            except Exception as error:
+                errors.append(error)
+                program.failed = True
             program.partitions -= 1
             program.changed.notify_all()
 

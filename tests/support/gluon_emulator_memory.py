@@ -32,7 +32,7 @@ class Program:
     """One program (thread block): its barriers, what is in flight, and the partitions that run it."""
 
     def __init__(self) -> None:
-        self.changed = threading.Condition()
+        self.changed = threading.Condition()  # whoever runs holds it, and lets go of it only to wait
         self.tiles: list[Tile] = []
         self.waiting: list[Callable[[], bool]] = []
         self.partitions = 1
