@@ -53,14 +53,7 @@ class Call:
 
     @property
     def tolerance(self) -> float:
-        return self._tolerance(self.scale == 0 or self.k.stride(2) == 0)
-
-    @property
-    def gradient_tolerance(self) -> float:
-        """Where all queries are alike, what they add to the gradients of k and v has the same error."""
-        return self._tolerance(self.scale == 0 or 0 in (self.q.stride(2), self.k.stride(2)))
-
-    def _tolerance(self, alike: bool) -> float:
+        alike = self.scale == 0 or self.k.stride(2) == 0
         return TOLERANCE[self.q.dtype] * (ALIKE if alike else 1)
 
     @property
@@ -230,7 +223,7 @@ def _check_backward(
     for grad, exact_grad, x in zip(grads, exact_grads, inputs, strict=True):
         assert (grad.dtype, grad.stride()) == (x.dtype, torch.empty_like(x).stride())
         error = float((grad.double() - exact_grad).norm())
-        allowed = call.gradient_tolerance * float(exact_grad.norm() + terms)
+        allowed = call.tolerance * float(exact_grad.norm() + terms)
         assert error <= allowed, error / allowed
 
 
