@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: demo test lint train bench bench-examples bench-quick clean
+.PHONY: demo test lint train bench bench-cpu bench-quick clean
 
 demo: $(VENV)/.ready
 	$(RUN) examples/tiny_video/demo.py
@@ -20,13 +20,14 @@ lint: $(VENV)/.ready
 train: $(VENV)/.ready
 	$(RUN) examples/tiny_video/train.py
 
-# The figures of README and docs; docs/performance.md says how they are measured.
+# Every figure of README and docs; docs/performance.md says how they are measured.
 bench: $(VENV)/.ready
 	$(RUN) -W ignore benchmarks/run.py cpu
+	$(RUN) -W ignore benchmarks/run.py examples
 	$(RUN) benchmarks/tables.py
 
-bench-examples: $(VENV)/.ready
-	$(RUN) -W ignore benchmarks/run.py examples
+bench-cpu: $(VENV)/.ready
+	$(RUN) -W ignore benchmarks/run.py cpu
 	$(RUN) benchmarks/tables.py
 
 bench-quick: $(VENV)/.ready

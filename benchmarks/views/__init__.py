@@ -1,6 +1,6 @@
 """Tables, pictures and figures of README and docs, each a function of the newest rows."""
 
-from . import accuracy, cpu, examples, gpu, pictures, simulation
+from . import accuracy, cpu, examples, gpu, pictures, prologue, sharded, simulation
 from .registry import PICTURES, VIEWS, NotMeasuredError, Results
 
 __all__ = [
@@ -13,5 +13,7 @@ __all__ = [
     "examples",
     "gpu",
     "pictures",
+    "prologue",
+    "sharded",
     "simulation",
 ]

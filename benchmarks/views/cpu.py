@@ -223,32 +223,3 @@ def explain_full_size(results: Results) -> str:
         for row in rows
     )
     return table(("model", "sites", "seconds", "of CPU", "peak GiB"), lines, rows)
-
-
-@view("fused_prologue")
-def fused_prologue(results: Results) -> str:
-    """A Wan block with its quantization in the op or in the graph."""
-    rows = results.rows("fused_prologue")
-    header = (
-        "attention",
-        "dtype",
-        "tokens",
-        "kernels",
-        "buffers",
-        "operators",
-        "ms (quartiles)",
-        "times dense",
-        "rel. L1",
-    )
-    lines = (
-        (
-            row.name,
-            *(count(row.setting[name]) for name in ("dtype", "seq")),
-            *(str(row.figures[name]) for name in ("kernels", "buffers", "operators")),
-            milliseconds(row.time),
-            fixed(row.speed, 2),
-            fixed(row.error.get("relative_l1"), 4),
-        )
-        for row in rows
-    )
-    return table(header, lines, rows, words=2)

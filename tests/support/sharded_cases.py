@@ -112,3 +112,4 @@ OPS = {
 FEW = {"a few": partial(ops, kv_heads=2, grad=True, names=("flash", "vsa"))}
 MODELS = {name: partial(model, name) for name in ("llama", "wan")}
 EVERY_MODEL = {name: partial(model, name) for name in sharded_models.MODELS}
+EVERY = {**{f"ops {name}": case for name, case in OPS.items()}, **EVERY_MODEL}

@@ -1,17 +1,12 @@
-"""How many bytes a step of a model on shards needs at once beside its parameters and inputs, by number of ranks.
-
-PYTHONPATH=tests python -m support.sharded_memory        # the table of docs/parallel.md
-"""
+"""How many bytes a step of a model on shards needs at once beside its parameters and inputs, by number of ranks."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from functools import partial
 
 import torch
 from support.attention_model import Blocks
-from support.ranks import run
 from support.sharded_cases import compiled
 from torch import Tensor, nn
 from torch.autograd.profiler import profile
@@ -19,7 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from sparseattn import parallel
 
-RANKS, HEADS = 4, 8
+HEADS = 8
 
 
 class Sharing(nn.Module):
@@ -73,18 +68,3 @@ def _peak(phase: str, step: Callable[[Tensor], Tensor], x: Tensor) -> int:
 
 CASES = {"memory": partial(peaks, tokens=512, layers=4, head_dim=16)}
 TABLE = {"memory": partial(peaks, tokens=2048, layers=4, head_dim=64, phases=("inference", "training"))}
-
-
-def main() -> None:
-    """Print the table: the most that a rank needs."""
-    found = run("support.sharded_memory", RANKS, "TABLE")["memory"]
-    lines = ["| ranks | inference | training |", "| --- | --- | --- |"]
-    for shared in found[0]:
-        rows = [of[shared] for of in found if shared in of]
-        cells = [f"{max(row[phase] for row in rows) / 1e6:.1f} MB" for phase in ("inference", "training")]
-        lines.append(f"| {shared} | {' | '.join(cells)} |")
-    sys.stdout.write("\n".join(lines) + "\n")
-
-
-if __name__ == "__main__":
-    main()

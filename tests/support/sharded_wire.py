@@ -1,7 +1,4 @@
-"""What it costs to round queries and keys on their way: distances to dense attention and to the method on one rank.
-
-PYTHONPATH=tests python -m support.sharded_wire        # the table of docs/parallel.md
-"""
+"""What it costs to round queries and keys on their way: distances to dense attention and to the method on one rank."""
 
 from __future__ import annotations
 
@@ -13,7 +10,6 @@ from typing import Any
 from unittest import mock
 
 import torch
-from support.ranks import run
 from support.sharded_cases import compiled, mesh_of
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -22,7 +18,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from sparseattn import parallel
 from sparseattn.fx_passes.parallel import int8_wire
 
-RANKS, SHAPE = 4, (1, 4, 1024, 128)
+SHAPE = (1, 4, 1024, 128)
 QKV = tuple[Tensor, Tensor, Tensor]
 
 
@@ -98,18 +94,3 @@ TABLE = {
     "sage, structured": partial(distances, make=structured),
     "sparge, structured": partial(distances, make=structured, method="sparge", keep_ratio=0.5),
 }
-
-
-def main() -> None:
-    """Print the table: relative L1 and L2 errors."""
-    found = run("support.sharded_wire", RANKS, "TABLE")
-    columns = list(next(iter(found.values()))[0])
-    lines = [f"| | {' | '.join(columns)} |", f"| --- |{' ---: |' * len(columns)}"]
-    for case, (first, *_) in found.items():
-        cells = [f"{error['L1']:.4f} ({error['L2']:.4f})" for error in first.values()]
-        lines.append(f"| {case} | {' | '.join(cells)} |")
-    sys.stdout.write("\n".join(lines) + "\n")
-
-
-if __name__ == "__main__":
-    main()

@@ -8,25 +8,31 @@ from . import (
     methods,
     onnx_models,
     overhead,
+    prologue_layer,
     quantization,
     sage,
+    sharded,
     sparge_tuning,
     training,
 )
 
-CASES = tuple(
-    module.CASE
-    for module in (
-        block_sparse,
-        training,
-        methods,
-        sage,
-        sparge_tuning,
-        onnx_models,
-        overhead,
-        quantization,
-        fused_prologue,
-        linear_branch,
-        explain_full_size,
-    )
+CASES = (
+    *(
+        module.CASE
+        for module in (
+            block_sparse,
+            training,
+            methods,
+            sage,
+            sparge_tuning,
+            onnx_models,
+            overhead,
+            quantization,
+            fused_prologue,
+            prologue_layer,
+            linear_branch,
+            explain_full_size,
+        )
+    ),
+    *sharded.CASES,
 )
