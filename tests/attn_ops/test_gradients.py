@@ -7,7 +7,8 @@ fp64 and chooses blocks itself; that it chose the same shows in the lse, which w
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -32,23 +33,25 @@ TRAINABLE_INSTEAD = {
     "sparge_attention": "block_topk_attention",
     "sage_sparse_linear_attention": "sparse_linear_attention",
 }
-# "native" is the CPU kernel that the machine has. The other two ops do not go through block_sparse_attention.
-ON_EVERY_PATH = pytest.mark.parametrize(
-    ("name", "path"),
-    [
-        *((name, "native") for name in CASES),
-        *((name, "gathered") for name, case in CASES.items() if not case.op.startswith(("flash", "vmoba"))),
-    ],
-    indirect=["path"],
-)
+Pair = tuple[Tensor | None, Tensor | None]  # gradients of out and lse
+Use = Callable[[str], None]
 
 
 @pytest.fixture
-def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Which CPU kernel of block_sparse_attention is used from here on."""
-    if request.param == "gathered":
-        monkeypatch.setattr(block_sparse, "kernel", lambda: Kernel(None, "gathered blocks"))
-    return str(request.param)
+def use(monkeypatch: pytest.MonkeyPatch) -> Use:
+    """The CPU kernel of block_sparse_attention from here on: "native", if the machine has it, or "gathered"."""
+    native = block_sparse.kernel
+
+    def chosen(path: str) -> None:
+        gathered = Kernel(None, "gathered blocks")
+        monkeypatch.setattr(block_sparse, "kernel", native if path == "native" else lambda: gathered)
+
+    return chosen
+
+
+def paths(case: Case) -> tuple[str, ...]:
+    """Those of an op; two of them do not go through block_sparse_attention."""
+    return ("native",) if case.op.startswith(("flash", "vmoba")) else ("native", "gathered")
 
 
 @pytest.fixture
@@ -72,23 +75,46 @@ def gradients(
     return torch.autograd.grad([x for x, _ in given], tensors, [grad for _, grad in given], retain_graph=True)
 
 
-def check(
-    got: tuple[Tensor, ...],
-    case: Case,
-    tensors: list[Tensor],
-    lse: Tensor,
-    grad_out: Tensor | None,
-    grad_lse: Tensor | None,
-) -> None:
-    """Gradients against those of the definition in fp64: dtype, layout, and relative L2 distance, from 0 none."""
+@dataclass(frozen=True)
+class Truth:
+    """The definition in fp64: lse, and the gradients of every pair."""
+
+    tensors: list[Tensor]
+    lse: Tensor
+    gradients: list[list[Tensor]]
+
+    def check(self, path: str, lse: Tensor, every: Iterable[tuple[Tensor, ...]]) -> None:
+        """Compare dtype, layout, and relative L2 distance, from 0 none."""
+        torch.testing.assert_close(lse.detach().double(), self.lse, rtol=1e-5, atol=1e-4, msg=lambda m: f"{path}: {m}")
+        for got, wanted in zip(every, self.gradients, strict=True):
+            for grad, want, x in zip(got, wanted, self.tensors, strict=True):
+                assert (grad.dtype, grad.stride()) == (x.dtype, torch.empty_like(x).stride()), path
+                assert float((grad.double() - want).norm()) <= TOLERANCE[x.dtype] * float(want.norm()), path
+
+
+def truth(case: Case, tensors: list[Tensor], pairs: Sequence[Pair]) -> Truth:
+    """What the definition says of these tensors."""
     doubles = [x.detach().double() for x in tensors]
     definition = case.define(doubles)
-    torch.testing.assert_close(lse.detach().double(), definition[1], rtol=1e-5, atol=1e-4)
-    of_out = torch.zeros_like(doubles[0]) if grad_out is None else grad_out.double()
-    of_lse = None if grad_lse is None else grad_lse.double()
-    for grad, want, x in zip(got, case.define_backward(of_out, of_lse, *definition, doubles), tensors, strict=True):
-        assert (grad.dtype, grad.stride()) == (x.dtype, torch.empty_like(x).stride())
-        assert float((grad.double() - want).norm()) <= TOLERANCE[x.dtype] * float(want.norm())
+    wanted = [
+        case.define_backward(
+            torch.zeros_like(doubles[0]) if grad_out is None else grad_out.double(),
+            None if grad_lse is None else grad_lse.double(),
+            *definition,
+            doubles,
+        )
+        for grad_out, grad_lse in pairs
+    ]
+    return Truth(tensors, definition[1], wanted)
+
+
+def check_paths(case: Case, tensors: list[Tensor], pairs: Sequence[Pair], use: Use) -> None:
+    """The op through every CPU kernel, against the definition."""
+    expected = truth(case, tensors, pairs)
+    for path in paths(case):
+        use(path)
+        results = case.attend(tensors)
+        expected.check(path, results[1], [gradients(results, tensors, *pair) for pair in pairs])
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -114,45 +140,43 @@ def test_formulas_of_the_definition(name: str) -> None:
     assert torch.autograd.gradcheck(finite, case.tensors(torch.float64, dim=3), fast_mode=True)
 
 
-@ON_EVERY_PATH
+@pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("scale", SCALES)
-def test_fast_paths(name: str, path: str, dtype: torch.dtype, scale: float) -> None:
-    case = CASES[name]
-    tensors = case.tensors(dtype, scale)
-    results, (grad_out, grad_lse) = case.attend(tensors), cotangents(tensors)
+def test_fast_paths(name: str, dtype: torch.dtype, scale: float, use: Use) -> None:
+    tensors = CASES[name].tensors(dtype, scale)
+    grad_out, grad_lse = cotangents(tensors)
     # Through out alone, the terms that nearly cancel where attention is sharp are all there is.
-    for grads in ((grad_out, None), (grad_out, grad_lse)):
-        check(gradients(results, tensors, *grads), case, tensors, results[1], *grads)
+    check_paths(CASES[name], tensors, [(grad_out, None), (grad_out, grad_lse)], use)
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_the_definition_as_a_provider(name: str) -> None:
     case = CASES[name]
     tensors = case.tensors(torch.bfloat16, 16.0)
-    results, (grad_out, _) = case.attend(tensors, "reference"), cotangents(tensors)
-    check(gradients(results, tensors, grad_out, None), case, tensors, results[1], grad_out, None)
+    results, pair = case.attend(tensors, "reference"), (cotangents(tensors)[0], None)
+    truth(case, tensors, [pair]).check("reference", results[1], [gradients(results, tensors, *pair)])
 
 
-@ON_EVERY_PATH
+@pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("dtype", TOLERANCE)
-def test_through_lse_alone(name: str, path: str, dtype: torch.dtype) -> None:
-    case = CASES[name]
-    tensors = case.tensors(dtype)
-    results, (_, grad_lse) = case.attend(tensors), cotangents(tensors)
-    check(gradients(results, tensors, None, grad_lse), case, tensors, results[1], None, grad_lse)
+def test_through_lse_alone(name: str, dtype: torch.dtype, use: Use) -> None:
+    tensors = CASES[name].tensors(dtype)
+    check_paths(CASES[name], tensors, [(None, cotangents(tensors)[1])], use)
 
 
-@ON_EVERY_PATH
-def test_the_largest_scores_that_stay_in_fp32(name: str, path: str) -> None:
+@pytest.mark.parametrize("name", CASES)
+def test_the_largest_scores_that_stay_in_fp32(name: str, use: Use) -> None:
     case = CASES[name]
     tensors = case.tensors(torch.float32, 3.0, dim=128)
-    largest = case.attend(tensors)[1].nan_to_num(neginf=0.0).abs().max()
+
+    def largest() -> float:
+        return float(case.attend(tensors)[1].nan_to_num(neginf=0.0).abs().max())
+
     with torch.no_grad():
-        tensors[0] *= 0.95 * LARGE_LSE / largest
-    results, (grad_out, _) = case.attend(tensors), cotangents(tensors)
-    assert 0.8 * LARGE_LSE < results[1].nan_to_num(neginf=0.0).abs().max() < LARGE_LSE
-    check(gradients(results, tensors, grad_out, None), case, tensors, results[1], grad_out, None)
+        tensors[0] *= 0.95 * LARGE_LSE / largest()
+    assert 0.8 * LARGE_LSE < largest() < LARGE_LSE
+    check_paths(case, tensors, [(cotangents(tensors)[0], None)], use)
 
 
 @pytest.mark.parametrize(
@@ -167,16 +191,17 @@ def test_regrouped_rows_of_vmoba(dtype: torch.dtype, scale: float) -> None:
     tensors = [x.detach() for x in case.tensors(dtype, scale)]
     settings = {**case.defined, "scale": tensors[0].shape[-1] ** -0.5, "provider": "cpu"}
     results, (grad_out, grad_lse) = chunk_rows.attention(*tensors, **settings), cotangents(tensors)
-    for grads in ((grad_out, None), (grad_out, grad_lse)):
-        got = chunk_rows.attention_backward(*grads, *results, *tensors, **settings)
-        check(got, case, tensors, results[1], *grads)
+    pairs = [(grad_out, None), (grad_out, grad_lse)]
+    got = [chunk_rows.attention_backward(*pair, *results, *tensors, **settings) for pair in pairs]
+    truth(case, tensors, pairs).check("regrouped", results[1], got)
 
 
 @pytest.mark.usefixtures("_two_threads")
 @pytest.mark.parametrize("op", ONE_OF_EACH)
-@pytest.mark.parametrize("path", ["native", "gathered"], indirect=True)
+@pytest.mark.parametrize("path", ["native", "gathered"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_two_runs_are_equal(op: str, path: str, dtype: torch.dtype) -> None:
+def test_two_runs_are_equal(op: str, path: str, dtype: torch.dtype, use: Use) -> None:
+    use(path)
     name = ONE_OF_EACH[op]
     tensors = CASES[name].tensors(dtype)
     grads = cotangents(tensors)
