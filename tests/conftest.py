@@ -11,7 +11,7 @@ os.environ["SPARSEATTN_TUNED_TILES"] = "0"  # the tables are tested, whatever wa
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    what = "random calls of the native CPU kernel under the sanitizers (default: 60)"
+    what = "random calls of the native CPU kernel under the sanitizers (default: 60), of the quantized a fifth as many"
     parser.addoption("--sanitized-calls", type=int, default=60, metavar="N", help=what)
     parser.addoption("--all-sharded-models", action="store_true", help="context parallelism of every video model")
 
