@@ -228,7 +228,7 @@ def _check_backward(
     # A gradient may vanish (one key alone has weight 1): what it is a sum of is as large as this.
     terms = max(1.0, abs(call.scale) * call.q.shape[3] ** 0.5) * given[0].norm()
     # All are sums in fp32. Where tokens are few or alike, their errors are not averaged: they add up as magnitudes do.
-    # Torch's fused attention errs no less there.
+    # Torch's fused attention errs as much there.
     seen = reference.allowed_tokens(call.lists, call.causal)
     sums = gradient_magnitudes(given[0], given[1], exact_lse, *exact_inputs, seen, call.scale)
     for grad, exact_grad, magnitude, x in zip(grads, exact_grads, sums, inputs, strict=True):
