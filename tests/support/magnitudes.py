@@ -1,4 +1,4 @@
-"""What the gradients of attention are sums of: the largest that roundings of their terms can add up to."""
+"""What the gradients of scores are sums of: the largest that roundings of their terms can add up to."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ def gradient_magnitudes(
     v: Tensor,
     allowed: Tensor,
     scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The sums that the gradients of q, k and v are, with every term replaced by its magnitude (all in fp64).
+) -> tuple[Tensor, Tensor]:
+    """The sums that the gradients of q and k are, with every term replaced by its magnitude (all in fp64).
 
     A gradient of a score is weight * (grad_out . v - grad_out . out + grad_lse), and its terms may all cancel.
     """
@@ -30,5 +30,4 @@ def gradient_magnitudes(
     if grad_lse is not None:
         of_row += grad_lse.abs().unsqueeze(-1)
     of_scores = abs(scale) * weights * (of_weights + of_row)
-    sums = of_scores @ per_query_head(k.abs(), heads), of_scores.mT @ q.abs(), weights.mT @ grad_out.abs()
-    return sums[0], per_kv_head(sums[1], k.shape[1]), per_kv_head(sums[2], v.shape[1])
+    return of_scores @ per_query_head(k.abs(), heads), per_kv_head(of_scores.mT @ q.abs(), k.shape[1])
