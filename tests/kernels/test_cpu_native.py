@@ -9,7 +9,8 @@ import pytest
 import torch
 from hypothesis import given
 from support import sanitized
-from support.native_cases import Call, Case, cases, check_case, repeatable, tensor
+from support.native_cases import Call, Case, cases, repeatable, tensor
+from support.native_check import check_case
 from torch import Tensor
 
 from sparseattn.attn_ops.blocks.block_index import BlockIndex
@@ -67,6 +68,12 @@ def large_call(dtype: torch.dtype, causal: bool = False, dim: int = 64, density:
 @repeatable(120)
 @given(case=cases())
 def test_random_calls(library: ctypes.CDLL, case: Case) -> None:
+    check_case(library, case)
+
+
+@repeatable(60)
+@given(case=cases(layouts=("shared tokens", "heads first")))
+def test_random_calls_where_roundings_do_not_average(library: ctypes.CDLL, case: Case) -> None:
     check_case(library, case)
 
 

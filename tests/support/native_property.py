@@ -11,7 +11,8 @@ import sys
 
 import torch
 from hypothesis import given
-from support.native_cases import Case, cases, check_case, repeatable
+from support.native_cases import Case, cases, repeatable
+from support.native_check import check_case
 from support.quantized_cases import check_quantized, check_rounding, check_selection
 
 from sparseattn.attn_ops.kernels.cpu.native import block_sparse as native

@@ -48,15 +48,15 @@ void weigh(const float* s, const float* t, int keys, const float* base, typename
            float* total, float* product) {
   for (int lane = 0; lane < NQ; lane += W) {
     const Vec low = load(base + lane);
-    Vec sum = load(total + lane), dot = load(product + lane);
+    Vec sum = splat(0), dot = splat(0);
     for (int k = 0; k < keys; ++k) {
       const Vec weight = exp2(load(s + k * NQ + lane) - low);
       Arithmetic::store_weights(weights + k * NQ + lane, weight);
       sum += weight;
       dot += weight * load(t + k * NQ + lane);
     }
-    store(total + lane, sum);
-    store(product + lane, dot);
+    store(total + lane, load(total + lane) + sum);
+    store(product + lane, load(product + lane) + dot);
   }
 }
 
