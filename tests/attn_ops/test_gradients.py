@@ -15,6 +15,7 @@ import pytest
 import torch
 import torch.autograd.forward_ad as forward_ad
 from support.gradient_cases import CASES, Case
+from support.threads import torch_threads
 from torch import Tensor
 
 from sparseattn.attn_ops.errors import GradientError
@@ -56,10 +57,8 @@ def paths(case: Case) -> tuple[str, ...]:
 
 @pytest.fixture
 def _two_threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
+    with torch_threads(2):
+        yield
 
 
 def cotangents(tensors: list[Tensor]) -> tuple[Tensor, Tensor]:

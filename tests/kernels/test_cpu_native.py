@@ -11,6 +11,7 @@ from hypothesis import given
 from support import sanitized
 from support.native_cases import Call, Case, cases, repeatable, tensor
 from support.native_check import check_case
+from support.threads import torch_threads
 from torch import Tensor
 
 from sparseattn.attn_ops.blocks.block_index import BlockIndex
@@ -158,13 +159,9 @@ def test_same_bits_every_time(library: ctypes.CDLL, dtype: torch.dtype, threads:
     out, lse = forward(library, call)
     given = torch.randn_like(out), None, out, lse, call.q, call.k, call.v
 
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
+    with torch_threads(threads):
         runs = [native.attention_backward(library, *given, *call.arguments, **call.settings) for _ in range(4)]
         again = forward(library, call)
-    finally:
-        torch.set_num_threads(before)
     assert torch.equal(again[0], out)
     assert torch.equal(again[1], lse)
     for run in runs[1:]:

@@ -13,6 +13,7 @@ from hypothesis import given
 from support import sanitized
 from support.native_cases import Case, cases, repeatable
 from support.quantized_cases import check_quantized, check_rounding, check_selection
+from support.threads import torch_threads
 from torch import Tensor
 
 from sparseattn.attn_ops.blocks import by_device, topk
@@ -123,12 +124,8 @@ def test_what_comes_later_changes_nothing_earlier(library: ctypes.CDLL, dtype: t
 def test_same_bits_for_any_number_of_threads(library: ctypes.CDLL, dtype: torch.dtype) -> None:
     q, k, v = inputs(600, dtype=dtype)
     out, lse = quantized.dense(library, q, k, v, **OPTIONS)
-    before = torch.get_num_threads()
-    torch.set_num_threads(5)
-    try:
+    with torch_threads(5):
         again = quantized.dense(library, q, k, v, **OPTIONS)
-    finally:
-        torch.set_num_threads(before)
     assert torch.equal(again[0], out)
     assert torch.equal(again[1], lse)
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
-from collections.abc import Iterator
 
 import torch
 from support.native_bounds import forward_bound, gradient_bounds
 from support.native_cases import Call, Case
+from support.threads import torch_threads
 from torch import Tensor
 
 from sparseattn.attn_ops.kernels.cpu.native import block_sparse as native
@@ -20,12 +19,12 @@ def check_case(library: ctypes.CDLL, case: Case) -> None:
     call = case.call()
     inputs = call.q, call.k, call.v, *call.arguments[:2]
     before = [x.clone() for x in inputs]
-    with _threads(case.threads):
+    with torch_threads(case.threads):
         out, lse = native.attention(library, call.q, call.k, call.v, *call.arguments, **call.settings)
     exact, exact_lse = _check_forward(call, out, lse)
     grad_out, grad_lse = case.gradients()
     given = grad_out, grad_lse, out, lse, call.q, call.k, call.v
-    with _threads(case.threads):
+    with torch_threads(case.threads):
         grads = native.attention_backward(library, *given, *call.arguments, **call.settings)
     _check_backward(call, grads, grad_out, grad_lse, exact, exact_lse)
     assert all(torch.equal(x, y) for x, y in zip(inputs, before, strict=True))
@@ -65,13 +64,3 @@ def _check_backward(
         assert (grad.dtype, grad.stride()) == (x.dtype, torch.empty_like(x).stride())
         error = float((grad.double() - exact_grad).norm())
         assert error <= allowed < torch.inf, f"gradient of {name}: {error / allowed:.3g} of what is allowed"
-
-
-@contextlib.contextmanager
-def _threads(number: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(number)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

@@ -43,6 +43,7 @@ inline float product_with_out(const Call& c, const Panel& p, int64_t at, float* 
 }
 
 // The weights of s[key][query], scores in base 2. They are added to `total`, and their products with t to `product`.
+// The sums of these keys are taken apart, so that a long list does not round as often as it has keys.
 template <int NQ, class Arithmetic>
 void weigh(const float* s, const float* t, int keys, const float* base, typename Arithmetic::Weight* weights,
            float* total, float* product) {
